@@ -1,0 +1,9 @@
+"""MLRN for BasicSR: importing this package makes BasicSR import and know our networks."""
+
+from mlrn_arch import compat  # first: without it `import basicsr` fails
+
+# isort: split
+from mlrn_arch import archs
+
+__version__ = "0.1.0"
+__all__ = ["archs", "compat"]

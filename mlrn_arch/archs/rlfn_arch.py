@@ -1,0 +1,115 @@
+"""RLFN, the residual local feature network (Kong et al., CVPR Workshops 2022), MLRN's origin.
+
+Names in the state dict are those of https://github.com/bytedance/RLFN, so that the published
+checkpoints load strictly.
+"""
+
+from __future__ import annotations
+
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import nn
+
+from .esa import ESA
+
+
+class RLFB(nn.Module):
+    """Residual local feature block: three 3x3 convolutions, residual, 1x1 convolution, ESA.
+
+    Args:
+        num_feat: channels of input and output, at least 1.
+        mid_feat: channels between the 3x3 convolutions, at least 1.
+        esa_feat: channels inside the attention, at least 1.
+    """
+
+    def __init__(self, num_feat: int, mid_feat: int, esa_feat: int = 16) -> None:
+        super().__init__()
+        self.c1_r = nn.Conv2d(num_feat, mid_feat, 3, padding=1)
+        self.c2_r = nn.Conv2d(mid_feat, mid_feat, 3, padding=1)
+        self.c3_r = nn.Conv2d(mid_feat, num_feat, 3, padding=1)
+        self.c5 = nn.Conv2d(num_feat, num_feat, 1)
+        self.esa = ESA(num_feat, esa_feat)
+        self.act = nn.LeakyReLU(0.05, inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `x`, (n, num_feat, h, w), to refined features of the same shape."""
+        out = self.act(self.c1_r(x))
+        out = self.act(self.c2_r(out))
+        out = self.act(self.c3_r(out))
+        return self.esa(self.c5(out + x))
+
+
+@ARCH_REGISTRY.register()
+class RLFN(nn.Module):
+    """Residual local feature network for super-resolution (RLFN of MLRN's Table 1).
+
+    The defaults are RLFN x4 (543,740 parameters); RLFN-S is `num_feat=48`; the network of the
+    NTIRE 2022 challenge is `num_feat=46, mid_feat=48, num_block=4`.
+
+    Args:
+        num_in_ch: channels of the input image.
+        num_out_ch: channels of the output image.
+        num_feat: channels of the features.
+        num_block: number of RLFBs.
+        upscale: scale factor; 2 and 4 in the paper.
+        mid_feat: channels inside a block; None means `num_feat`.
+        esa_feat: channels inside the attention.
+        img_range: the network computes on `x * img_range` and its output is divided by it, so
+            that callers pass and get [0, 1] whatever it is. The published checkpoints need 255.
+
+    Raises:
+        ValueError: if a size is not a positive integer or `img_range` is not a positive number.
+    """
+
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        num_out_ch: int = 3,
+        num_feat: int = 52,
+        num_block: int = 6,
+        upscale: int = 4,
+        mid_feat: int | None = None,
+        esa_feat: int = 16,
+        img_range: float = 255.0,
+    ) -> None:
+        super().__init__()
+        mid_feat = num_feat if mid_feat is None else mid_feat
+        sizes = {
+            "num_in_ch": num_in_ch,
+            "num_out_ch": num_out_ch,
+            "num_feat": num_feat,
+            "num_block": num_block,
+            "upscale": upscale,
+            "mid_feat": mid_feat,
+            "esa_feat": esa_feat,
+        }
+        for name, size in sizes.items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} must be a positive integer, not {size!r}.")
+        if not isinstance(img_range, (int, float)) or not img_range > 0:
+            raise ValueError(f"img_range must be a positive number, not {img_range!r}.")
+        self.num_block = num_block
+        self.img_range = float(img_range)
+        self.conv_1 = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
+        for i in range(1, num_block + 1):
+            self.add_module(f"block_{i}", RLFB(num_feat, mid_feat, esa_feat))
+        self.conv_2 = nn.Conv2d(num_feat, num_feat, 3, padding=1)
+        self.upsampler = nn.Sequential(
+            nn.Conv2d(num_feat, num_out_ch * upscale**2, 3, padding=1), nn.PixelShuffle(upscale)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Super-resolve a batch of images of any size.
+
+        Args:
+            x: low-resolution images in [0, 1], (n, num_in_ch, h, w).
+
+        Returns:
+            High-resolution images, nominally in [0, 1] (not clamped),
+            (n, num_out_ch, h * upscale, w * upscale).
+        """
+        shallow = self.conv_1(x * self.img_range)
+        deep = shallow
+        for i in range(1, self.num_block + 1):
+            deep = self.get_submodule(f"block_{i}")(deep)
+        return self.upsampler(self.conv_2(deep) + shallow) / self.img_range

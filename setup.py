@@ -1,0 +1,31 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mlrn_arch",
+    version="0.1.0",
+    description="MLRN, a mixer-based local residual network for lightweight super-resolution, "
+    "as a plugin for BasicSR",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["mlrn_arch", "mlrn_arch.*"]),
+    # BasicSR 1.4.2 cannot be built on 3.13: its setup.py ends in KeyError: '__version__'.
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        "basicsr==1.4.2",  # the last release; compat.py repairs exactly this one
+        "lmdb",
+        "matplotlib",
+        "numpy",
+        "opencv-python",
+        "pillow",
+        "pyyaml",
+        "scikit-image",
+        "torch>=2.6",  # loads checkpoints without running code from them by default
+        "torchvision",
+        "tqdm",
+    ],
+    extras_require={"test": ["pytest", "ruff"]},
+    entry_points={"console_scripts": ["mlrn = mlrn_arch.cli:main"]},
+)
