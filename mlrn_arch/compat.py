@@ -1,0 +1,145 @@
+"""What BasicSR 1.4.2 needs on today's stack. The only file that replaces anything in BasicSR.
+
+Each repair stands beside its reason. Importing this module applies those that every user of
+BasicSR needs; `run_pipeline` adds those that belong to one run of its train or test pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from typing import Any
+
+import torch
+import torchvision.transforms.functional as tv_functional
+
+# torchvision dropped this module in 0.17; BasicSR's degradations.py takes one function from it.
+if importlib.util.find_spec("torchvision.transforms.functional_tensor") is None:
+    _shim = types.ModuleType("torchvision.transforms.functional_tensor")
+    _shim.rgb_to_grayscale = tv_functional.rgb_to_grayscale
+    sys.modules[_shim.__name__] = _shim
+
+with warnings.catch_warnings():
+    # niqe.py imports from scipy.ndimage.filters, which SciPy 1 still offers with a warning.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*scipy.ndimage")
+    import basicsr  # noqa: F401
+
+from basicsr.models.base_model import BaseModel  # noqa: E402
+from basicsr.utils import check_resume  # noqa: E402
+
+from mlrn_arch.errors import UserError  # noqa: E402
+
+_load_network = BaseModel.load_network
+_model_to_device = BaseModel.model_to_device
+
+
+def _load_network_plain(
+    self: BaseModel,
+    net: torch.nn.Module,
+    load_path: str,
+    strict: bool = True,
+    param_key: str | None = "params",
+) -> None:
+    """Load a checkpoint that may also be a plain state dict (RLFN, IMDN, ... publish these).
+
+    BasicSR would need `param_key_g: ~` for them and, with `ema_decay`, still end in a KeyError.
+    """
+    if not {"params", param_key} & set(torch.load(load_path, map_location="cpu")):
+        param_key = None
+    _load_network(self, net, load_path, strict, param_key)
+
+
+def _model_to_device_cpu(self: BaseModel, net: torch.nn.Module) -> torch.nn.Module:
+    """Wrap for distributed training on CPUs too; BasicSR asks for a current CUDA device."""
+    if self.opt["dist"] and self.device.type == "cpu":
+        return torch.nn.parallel.DistributedDataParallel(
+            net, find_unused_parameters=self.opt.get("find_unused_parameters", False)
+        )
+    return _model_to_device(self, net)
+
+
+BaseModel.load_network = _load_network_plain
+BaseModel.model_to_device = _model_to_device_cpu
+
+
+def load_state(path: str) -> dict[str, Any]:
+    """Load a training state onto the CPU, without running code from it."""
+    from collections import Counter
+
+    # BasicSR's MultiStepRestartLR keeps its milestones in a Counter.
+    with torch.serialization.safe_globals([Counter]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def newest_states(folder: str) -> list[str]:
+    """Paths of the training states (`{iter}.state`) in a folder, newest first."""
+    if not os.path.isdir(folder):
+        return []
+    names = [name for name in os.listdir(folder) if name.endswith(".state")]
+    iterations = sorted((int(n[:-6]) for n in names if n[:-6].isdigit()), reverse=True)
+    return [os.path.join(folder, f"{iteration}.state") for iteration in iterations]
+
+
+def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+    """Find and load the state to resume from, or None to start anew.
+
+    BasicSR's own looks below the current directory whatever the root path, asks for a CUDA
+    device, and takes the newest file even if a kill in the middle of its writing tore it.
+    """
+    wanted = opt["path"].get("resume_state")
+    candidates = newest_states(opt["path"]["training_states"]) if opt["auto_resume"] else []
+    for path in candidates or ([wanted] if wanted else []):
+        network = os.path.join(
+            opt["path"]["models"], f"net_g_{os.path.basename(path)[: -len('.state')]}.pth"
+        )
+        try:
+            torch.load(network, map_location="cpu", weights_only=True)
+            state = load_state(path)
+        except Exception as error:  # a torn file can fail in as many ways as there are bytes
+            print(f"Passing over {path}: {_first_line(error)}", flush=True)
+            continue
+        opt["path"]["resume_state"] = path
+        check_resume(opt, state["iter"])
+        return state
+    if candidates or wanted:
+        raise UserError(
+            f"no whole training state to resume from: {', '.join(candidates or [wanted])} cannot "
+            f"be read together with their networks in {opt['path']['models']}; restore one, or "
+            "move the experiment away to start anew"
+        )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def run_pipeline(
+    phase: str, opt: dict[str, Any], args: argparse.Namespace, notes: list[str]
+) -> None:
+    """Run BasicSR's own `train_pipeline` or `test_pipeline` on options that are read already.
+
+    Args:
+        phase: `train` or `test`.
+        opt: Complete options, as BasicSR's `parse_options` would return them.
+        args: The command line; BasicSR copies the file `args.opt` into the experiment.
+        notes: What was adapted to this machine; logged below the environment.
+    """
+    pipeline = importlib.import_module(f"basicsr.{phase}")
+    get_env_info = pipeline.get_env_info
+    # Its parse_options reads with PyYAML's unsafe loader and executes `--force_yml` keys.
+    pipeline.parse_options = lambda root_path, is_train: (opt, args)
+    # The first thing that goes to the log file; before it the logger must not be used.
+    pipeline.get_env_info = lambda: "\n".join([get_env_info(), *notes])
+    if phase == "train":
+        pipeline.load_resume_state = _load_resume_state
+        # On a resume BasicSR steps the schedule once before the first optimizer step.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        pipeline.train_pipeline(opt["root_path"])
+    else:
+        pipeline.test_pipeline(opt["root_path"])

@@ -1,0 +1,18 @@
+"""`mlrn test`, also `python -m mlrn_arch.test` for torchrun: BasicSR's test pipeline."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mlrn_arch import compat, errors, options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Test as an option file says; raises `UserError` for a fault in it. Returns 0."""
+    compat.run_pipeline("test", *options.read("test", argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run("mlrn test", main))

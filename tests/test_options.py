@@ -1,0 +1,221 @@
+"""Every refusal of the option check, its message, and that nothing is created by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, mlrn, write_yaml
+
+from mlrn_arch import options
+from mlrn_arch.errors import UserError
+
+
+def read(folder: Path, opt: dict, phase: str = "train", *arguments: str) -> tuple:
+    return options.read(phase, ["-opt", write_yaml(folder / "options.yml", opt), *arguments])
+
+
+def change(opt: dict, where: str, value: object) -> None:
+    *sections, key = where.split(":")
+    for section in sections:
+        opt = opt[section]
+    opt[key] = value
+
+
+REFUSED = [
+    ("network_g:type", "MLRM", "network_g:type: unknown 'MLRM'; did you mean MLRN"),
+    ("network_g:num_feats", 8, "network_g: MLRN takes no 'num_feats'; did you mean num_feat"),
+    ("network_g:mixer", "attention", "network_g: MLRN refuses these arguments: mixer must be"),
+    ("network_g:upscale", 4, "network_g:upscale: is 4 but scale is 2"),
+    ("model_type", "SRmodel", "model_type: unknown 'SRmodel'; did you mean SRModel"),
+    ("datasets:train:type", "PairedImagesDataset", "did you mean PairedImageDataset"),
+    ("datasets:train:dataroot_gt", "/no/gt.lmdb", "datasets:train:dataroot_gt: no such folder"),
+    ("datasets:val:dataroot_lq", "/no/lq", "datasets:val:dataroot_lq: no such folder"),
+    ("datasets:val:dataroot_lq", None, "datasets:val:dataroot_lq: is missing"),
+    ("datasets:train:io_backend:type", "disk", "gt.lmdb is an LMDB; set io_backend:type to lmdb"),
+    ("datasets:val:io_backend:type", "lmdb", "is a plain folder, no LMDB; set io_backend:type"),
+    ("datasets:val:io_backend:type", "lmbd", "unknown 'lmbd'; did you mean lmdb"),
+    ("datasets:train:gt_size", 31, "datasets:train:gt_size: 31 is not a multiple of the scale 2"),
+    ("datasets:train:gt_size", 128, "gt_size: 128 is larger than the smallest image (64)"),
+    ("datasets:train:batch_size_per_gpu", 900, "8 images are less than one batch of 900"),
+    ("train:pixel_opt:type", "L1", "train:pixel_opt:type: unknown 'L1'; did you mean L1Loss"),
+    ("train:pixel_opt", None, "train: has no loss"),
+    ("train:optim_g:type", "adam", "train:optim_g:type: unknown 'adam'; did you mean Adam"),
+    ("train:optim_g:lr", "5e-4", "train:optim_g:lr: 5e-4 is text to YAML; write 0.0005"),
+    ("train:scheduler:type", "Step", "train:scheduler:type: unknown 'Step'"),
+    ("train:total_iter", None, "train:total_iter: is missing"),
+    ("val:metrics:psnr:type", "psnr", "unknown 'psnr'; did you mean calculate_psnr"),
+    ("val:metrics:psnr", {"type": "calculate_psnr"}, "calculate_psnr needs crop_border"),
+    ("val:val_freq", None, "val:val_freq: is missing"),
+    ("path:pretrain_network_g", "/no/net.pth", "no such file /no/net.pth"),
+]
+
+
+@pytest.mark.parametrize(("where", "value", "message"), REFUSED)
+def test_refusal(tmp_path, monkeypatch, train_options, where, value, message):
+    monkeypatch.chdir(tmp_path)
+    change(train_options, where, value)
+    with pytest.raises(UserError) as error:
+        read(tmp_path, train_options)
+    assert message in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["options.yml"]
+
+
+def test_a_right_file_is_not_refused(tmp_path, train_options):
+    opt, _, _ = read(tmp_path, train_options)
+    assert opt["path"]["models"].endswith("experiments/tiny/models")
+
+
+def test_all_faults_are_listed_at_once(tmp_path, train_options):
+    for where in ("network_g:type", "model_type", "train:pixel_opt:type"):
+        change(train_options, where, "nothing")
+    with pytest.raises(UserError, match="has 3 faults"):
+        read(tmp_path, train_options)
+
+
+def test_lmdb_without_meta_info_and_with_other_keys(tmp_path, train_options, paired_data):
+    import shutil
+
+    for name in ("gt", "lq"):
+        shutil.copytree(paired_data / f"{name}.lmdb", tmp_path / f"{name}.lmdb")
+        train_options["datasets"]["train"][f"dataroot_{name}"] = str(tmp_path / f"{name}.lmdb")
+    meta_info = tmp_path / "gt.lmdb/meta_info.txt"
+    lines = meta_info.read_text().splitlines(keepends=True)
+    meta_info.write_text("".join(lines[1:]))
+    with pytest.raises(UserError, match="lq and gt are no pairs: Keys in"):
+        read(tmp_path, train_options)
+    meta_info.unlink()
+    with pytest.raises(UserError, match="has no meta_info.txt"):
+        read(tmp_path, train_options)
+
+
+def test_folder_pair_without_partner(tmp_path, train_options, paired_data):
+    import shutil
+
+    shutil.copytree(paired_data / "lq", tmp_path / "lq")
+    (tmp_path / "lq/image0.png").rename(tmp_path / "lq/other.png")
+    train_options["datasets"]["val"]["dataroot_lq"] = str(tmp_path / "lq")
+    with pytest.raises(UserError, match="no pairs: image0.png is not in lq_paths"):
+        read(tmp_path, train_options)
+    for path in (tmp_path / "lq").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="lq is empty"):
+        read(tmp_path, train_options)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, train_options):
+    from mlrn_arch.archs.mlrn_arch import MLRN
+
+    path = tmp_path / "net.pth"
+    train_options["path"]["pretrain_network_g"] = str(path)
+    other = {"upscale": 3, "num_feat": 8, "num_block": 1, "esa_feat": 4}
+    torch.save({"params": MLRN(**other).state_dict()}, path)
+    with pytest.raises(UserError, match=r"other shapes: upsampler.0.weight \(\(27, 8, 3, 3\)"):
+        read(tmp_path, train_options)
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r"lacks conv_first.weight.* and \d+ more; the network has"):
+        read(tmp_path, train_options)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="is no whole PyTorch checkpoint"):
+        read(tmp_path, train_options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: !!python/object/apply:os.system ['touch pwned']", r"line 2: .*python/object"),
+        ("name: [1", "not valid YAML"),
+        ("only text", "has no `key: value` lines"),
+    ],
+)
+def test_unsafe_or_broken_files(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "options.yml"
+    path.write_text(f"# comment\n{text}\n")
+    with pytest.raises(UserError, match=f"options.yml.*{message}"):
+        options.read("train", ["-opt", str(path)])
+    assert not (tmp_path / "pwned").exists()
+    with pytest.raises(UserError, match="cannot read the option file"):
+        options.read("train", ["-opt", str(tmp_path / "none.yml")])
+
+
+def test_force_yml(tmp_path, train_options):
+    forced = ["train:optim_g:lr=5e-4", "datasets:val=none", "val=none", "path:param_key_g=a=b"]
+    opt, _, _ = read(tmp_path, train_options, "train", "--force_yml", *forced)
+    assert opt["train"]["optim_g"]["lr"] == 5e-4
+    assert list(opt["datasets"]) == ["train"] and opt["val"] is None
+    assert opt["path"]["param_key_g"] == "a=b"
+    for entry, message in {
+        "train:total_iters=3": "did you mean total_iter",
+        "training:total_iter=3": "no section training",
+        "name": "KEY:KEY=VALUE",
+        "name=!!python/name:os.system": "not a plain value",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, train_options, "train", "--force_yml", entry)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks what is adapted without a GPU")
+def test_what_needs_a_gpu_is_adapted_and_said(tmp_path, train_options):
+    train_options["num_gpu"] = 2
+    train_options["datasets"]["train"]["num_worker_per_gpu"] = 1000
+    opt, _, notes = read(tmp_path, train_options)
+    train = opt["datasets"]["train"]
+    assert opt["num_gpu"] == 0 and not train["pin_memory"] and train["prefetch_mode"] is None
+    assert train["num_worker_per_gpu"] < 1000
+    assert "datasets:train: prefetch_mode and pin_memory off: they need a GPU" in notes
+    assert any(note.startswith("num_gpu: 2 -> 0") for note in notes)
+
+
+def test_a_test_set_that_is_not_on_disk_is_skipped(tmp_path, test_options):
+    sets = test_options["datasets"]
+    sets["test_2"] = {**sets["test_1"], "name": "B100", "dataroot_gt": "no", "dataroot_lq": "no"}
+    opt, _, notes = read(tmp_path, test_options, "test")
+    assert list(opt["datasets"]) == ["test_1"] and "Skipping B100: no no" in notes
+    del sets["test_1"]
+    with pytest.raises(UserError, match="datasets:test_2:dataroot_gt: no such folder"):
+        read(tmp_path, test_options, "test")
+
+
+def test_the_command_ends_without_traceback(tmp_path, train_options):
+    change(train_options, "network_g:type", "MLRM")
+    path = write_yaml(tmp_path / "options.yml", train_options)
+    result = mlrn("train", "-opt", path, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout.startswith(f"mlrn train: {path} has 1 fault, nothing was started:")
+    assert "Traceback" not in result.stdout
+
+
+OPTION_FILES = sorted((REPOSITORY / "options").rglob("*.yml"))
+
+
+@pytest.mark.parametrize("path", OPTION_FILES, ids=lambda path: path.stem)
+def test_shipped_option_files(path, tmp_path, monkeypatch):
+    """Their only faults are data and checkpoints that are not on this disk."""
+    monkeypatch.chdir(tmp_path)
+    phase = path.stem.split("_")[0]
+    with pytest.raises(UserError) as error:
+        options.read(phase, ["-opt", str(path)])
+    faults = str(error.value).split("\n  - ")[1:]
+    assert faults and all("no such folder" in f or "no such file" in f for f in faults)
+
+
+def test_shipped_recipe_is_the_papers():
+    """Section 4.2 (an epoch is 1000 iterations) and section 4.6 of the paper."""
+    patch = {2: 192, 3: 192, 4: 256}
+    for path in OPTION_FILES:
+        opt = yaml.safe_load(path.read_text())
+        if not path.name.startswith("train"):
+            continue
+        train, data = opt["train"], opt["datasets"]["train"]
+        total = 800_000 if "stage1" in path.name else 1_000_000
+        assert train["total_iter"] == total
+        assert train["scheduler"]["milestones"] == list(range(200_000, total, 200_000))
+        assert train["scheduler"]["gamma"] == 0.5
+        assert train["optim_g"] == {"type": "Adam", "lr": 5e-4, "betas": [0.9, 0.99]}
+        assert train["pixel_opt"] == {"type": "L1Loss"}
+        assert data["batch_size_per_gpu"] == 64
+        assert data["gt_size"] == patch[opt["scale"]]
+        assert data["use_hflip"] and data["use_rot"]

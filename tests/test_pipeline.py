@@ -1,0 +1,99 @@
+"""BasicSR's own pipelines, run as commands on a CPU: train, kill, resume, several processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, mlrn, write_yaml
+
+
+def losses(output: str) -> dict[int, float]:
+    found = re.findall(r"iter: +([\d,]+).*l_pix: (\S+)", output)
+    return {int(step.replace(",", "")): float(loss) for step, loss in found}
+
+
+def test_training_lowers_the_loss_and_resumes(tmp_path, train_options):
+    path = write_yaml(tmp_path / "tiny.yml", train_options)
+    command = ["train", "-opt", path, "--auto_resume"]
+    first = mlrn(*command, cwd=tmp_path)
+    assert first.returncode == 0, first.stdout
+    loss = losses(first.stdout)
+    assert sorted(loss) == list(range(1, 41))
+    assert sum(loss[i] for i in range(31, 41)) < 0.7 * sum(loss[i] for i in range(1, 11))
+    assert "Validation tiny_val" in first.stdout
+    assert first.stdout.count("they need a GPU") == (0 if torch.cuda.is_available() else 1)
+    experiment = tmp_path / "experiments/tiny"
+    assert (experiment / "models/net_g_latest.pth").exists()
+    assert list((tmp_path / "tb_logger/tiny").iterdir())
+    assert {p.name for p in tmp_path.iterdir()} == {"tiny.yml", "experiments", "tb_logger"}
+
+    # A kill in the middle of the last save: its state is torn, the one before it is whole.
+    state = experiment / "training_states/40.state"
+    state.write_bytes(state.read_bytes()[:1000])
+    (experiment / "training_states/30.state").touch()
+    second = mlrn(*command, cwd=tmp_path)
+    assert second.returncode == 0, second.stdout
+    assert re.search(r"Passing over .*40.state", second.stdout)
+    assert "Resuming training from epoch: 0, iter: 30." in second.stdout
+    assert sorted(losses(second.stdout)) == list(range(31, 41))
+    assert not list(tmp_path.glob("experiments/*archived*"))
+
+    # No whole state: the experiment is neither renamed away nor trained anew.
+    for path in (experiment / "training_states").iterdir():
+        path.write_bytes(b"")
+    third = mlrn(*command, cwd=tmp_path)
+    assert third.returncode == 2 and "no whole training state" in third.stdout
+    assert "Traceback" not in third.stdout and len(list(tmp_path.glob("experiments/*"))) == 1
+
+
+def test_test_pipeline_loads_a_published_plain_state_dict(tmp_path, test_options, paired_data):
+    """RLFN's authors publish a bare state dict with official names and image range 255."""
+    import cv2
+    from basicsr.metrics import calculate_psnr
+    from basicsr.utils import img2tensor, tensor2img
+
+    from mlrn_arch.archs.rlfn_arch import RLFN
+
+    arguments = {"upscale": 2, "num_feat": 8, "num_block": 2, "esa_feat": 4}
+    network = RLFN(**arguments).eval()
+    torch.save(network.state_dict(), tmp_path / "rlfn.pth")
+    test_options["network_g"] = {"type": "RLFN", **arguments}
+    test_options["path"] = {"pretrain_network_g": str(tmp_path / "rlfn.pth")}
+    result = mlrn("test", "-opt", write_yaml(tmp_path / "rlfn.yml", test_options), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    scores = []
+    for path in sorted((paired_data / "lq").iterdir()):
+        lq = img2tensor(cv2.imread(str(path)) / 255.0).unsqueeze(0)
+        with torch.no_grad():
+            sr = tensor2img(network(lq))
+        gt = cv2.imread(str(paired_data / "gt" / path.name))
+        scores.append(calculate_psnr(sr, gt, crop_border=2, test_y_channel=True))
+    assert f"psnr: {sum(scores) / len(scores):.4f}" in result.stdout
+    assert (tmp_path / "results/tiny").is_dir()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would want a GPU each")
+def test_two_processes_on_a_cpu(tmp_path: Path, train_options):
+    train_options["train"]["total_iter"] = 4
+    train_options["val"]["val_freq"] = 4
+    path = write_yaml(tmp_path / "tiny.yml", train_options)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + ["-m", "mlrn_arch.train", "-opt", path, "--launcher", "pytorch"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout
+    assert "World size (gpu number): 2" in result.stdout
+    assert sorted(losses(result.stdout)) == [1, 2, 3, 4]
+    assert (tmp_path / "experiments/tiny/models/net_g_latest.pth").exists()
