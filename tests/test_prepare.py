@@ -1,0 +1,477 @@
+"""`mlrn prepare`: what it writes, read back by BasicSR's own code; what it refuses; kills."""
+
+import argparse
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import lmdb
+import numpy as np
+import pytest
+from conftest import REPOSITORY, mlrn
+from PIL import Image
+
+from mlrn_arch.errors import UserError
+from mlrn_arch.tools import prepare
+from mlrn_arch.tools.resize import imresize
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    small = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def run(*arguments) -> int:
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    return prepare.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def records(folder: Path) -> dict[str, bytes]:
+    with lmdb.open(str(folder), readonly=True, lock=False) as env, env.begin() as transaction:
+        return {bytes(k).decode("ascii"): bytes(v) for k, v in transaction.cursor()}
+
+
+def decoded(record: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(record, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns)
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "lock.mdb"
+    }
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    cv2.imwrite(str(folder / "0001.png"), photo(110, 157, 1))
+    cv2.imwrite(str(folder / "0002.bmp"), photo(72, 72, 2))
+    cv2.imwrite(str(folder / "sub" / "0001.png"), photo(121, 96, 3))
+    return folder
+
+
+SMALL = ("--crop-size", "72", "--step", "36")
+
+
+@pytest.mark.parametrize("file_format", ["png", "bmp"])
+def test_stock_dataset_reads_aligned_pairs(photos, tmp_path, file_format):
+    from basicsr.data.paired_image_dataset import PairedImageDataset
+
+    out = tmp_path / "D"
+    assert run(photos, out, *SMALL, "--format", file_format) == 0
+    hr = records(out / "D_train_HR_sub.lmdb")
+    # 110x157 is cut to 108x156: rows 0, 36; columns 0, 36, 72, and 84 flush with the edge
+    assert sorted(hr) == [f"0001_s00{i}" for i in range(1, 9)] + ["0002_s001"] + [
+        f"sub_0001_s00{i}" for i in range(1, 7)
+    ]
+    whole = photo(110, 157, 1)[:108, :156]
+    corners = [(y, x) for y in (0, 36) for x in (0, 36, 72, 84)]
+    for scale in (2, 3, 4):
+        folder = out / f"D_train_LR_bicubic_X{scale}_sub.lmdb"
+        lr = records(folder)
+        assert lr.keys() == hr.keys()
+        small = imresize(whole, scale)
+        for i, (y, x) in enumerate(corners, 1):
+            np.testing.assert_array_equal(
+                decoded(hr[f"0001_s00{i}"]), whole[y : y + 72, x : x + 72]
+            )
+            y, x, size = y // scale, x // scale, 72 // scale
+            np.testing.assert_array_equal(
+                decoded(lr[f"0001_s00{i}"]), small[y : y + size, x : x + size]
+            )
+        level = 1 if file_format == "png" else 0
+        first = (folder / "meta_info.txt").read_text().splitlines()[0]
+        assert first == f"0001_s001.{file_format} ({size},{size},3) {level}"
+
+        options = {
+            "dataroot_gt": str(out / "D_train_HR_sub.lmdb"),
+            "dataroot_lq": str(folder),
+            "io_backend": {"type": "lmdb"},
+            "scale": scale,
+            "phase": "val",
+        }
+        dataset = PairedImageDataset(options)
+        assert len(dataset) == len(hr)
+        pair = dataset[0]
+        gt = np.rint(pair["gt"].numpy()[::-1] * 255).transpose(1, 2, 0)
+        np.testing.assert_array_equal(gt, whole[:72, :72])
+        assert pair["lq"].shape == (3, size, size)
+        dataset.opt.update(phase="train", gt_size=48, use_hflip=True, use_rot=True)
+        assert dataset[3]["gt"].shape == (3, 48, 48)
+
+
+def test_every_kind_of_image_and_what_is_said_of_it(tmp_path, capsys):
+    source = tmp_path / "in"
+    source.mkdir()
+    rgb = photo(96, 84)[..., ::-1]
+    image = Image.fromarray(rgb)
+    alpha = np.dstack([rgb, np.arange(96 * 84, dtype=np.uint8).reshape(96, 84)])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = np.rot90(rgb)  # shown as `rgb` after the quarter turn that tag 6 asks for
+    deep = (rgb.astype(np.uint16) * 257 + np.arange(-128, 124, dtype=np.int16).reshape(84, 3)).clip(
+        0, 65535
+    )
+    deep = np.where(rgb == 0, 100, np.where(rgb == 255, 65500, deep)).astype(np.uint16)
+    palette = image.quantize(64)
+
+    expected = {}
+
+    def save(name, value, **kwargs):
+        expected[name.replace(".", "_")] = kwargs.pop("expect", rgb)
+        if isinstance(value, np.ndarray):
+            value = Image.fromarray(value)
+        name = "_".join(name.rsplit(".", 1)) + "." + name.rsplit(".", 1)[1]
+        value.save(source / name, **kwargs)
+
+    save("rgb.png", image)
+    save("rgb.tiff", image)
+    save("rgb.bmp", image)
+    save("rgb.webp", image, lossless=True)
+    grey = np.repeat(np.asarray(image.convert("L"))[..., None], 3, 2)
+    save("grey.png", image.convert("L"), expect=grey)
+    save("grey16.png", grey[..., 0].astype(np.uint16) * 257, expect=grey)
+    save("palette.png", palette, expect=np.asarray(palette.convert("RGB")))
+    save("alpha.png", alpha)
+    save("alpha.tiff", alpha)
+    save("alpha.webp", alpha, lossless=True, exact=True)
+    save("turned.png", np.ascontiguousarray(turned), exif=exif)
+    save("turned.tiff", np.ascontiguousarray(turned), exif=exif)
+    for name in ("deep.png", "deep.tif"):
+        expected[name.replace(".", "_")] = rgb
+        cv2.imwrite(str(source / (name.replace(".", "_") + Path(name).suffix)), deep[..., ::-1])
+    Image.fromarray(np.ascontiguousarray(turned)).save(
+        source / "turned_jpg.JPG", exif=exif, quality=95
+    )
+    (source / ".hidden.png").write_bytes(b"")
+    (source / "notes.txt").write_text("")
+
+    out = tmp_path / "out"
+    assert run(source, out, "--scale", 2, "--crop-size", 84, "--step", 12, "--name", "x") == 0
+    hr = records(out / "x_train_HR_sub.lmdb")
+    for key, wanted in expected.items():
+        got = decoded(hr[f"{key}_s001"])
+        np.testing.assert_array_equal(got[..., ::-1], wanted[:84, :84], err_msg=key)
+    jpeg = decoded(hr["turned_jpg_s001"])[..., ::-1].astype(int)
+    assert np.abs(jpeg - rgb[:84]).mean() < 3
+    said = capsys.readouterr().out
+    assert "2 other or hidden files" in said
+    for text in (
+        "2 grey (stored with 3 equal channels)",
+        "1 with a palette",
+        "3 with transparency",
+        "3 of 16 bits",
+        "3 turned",
+    ):
+        assert text in said
+
+
+def test_keys_are_safe_unique_and_steady(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("a.b", "münchen 1", "夜"):
+        (source / f"{name}.png").write_bytes(cv2.imencode(".png", photo(24, 24))[1].tobytes())
+    assert run(source, tmp_path / "D_train", "--crop-size", 24, "--step", 24) == 0
+    keys = records(tmp_path / "D_train" / "D_train_HR_sub.lmdb")
+    assert set(keys) == {"-591c-_s001", "a-2e-b_s001", "m-fc-nchen-20-1_s001"}
+
+
+def test_colliding_names_are_both_named_before_anything_is_written(photos, tmp_path):
+    shutil.copy(photos / "0002.bmp", photos / "0001.jpg")
+    with pytest.raises(UserError, match=r"0001\.jpg and .*0001\.png"):
+        run(photos, tmp_path / "D", *SMALL)
+    assert not (tmp_path / "D").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (("--crop-size", 100), "multiple of 12"),
+        (("--step", 0), "multiple of 12"),
+        (("--workers", 0), "workers"),
+        (("--name", "a/b"), "name"),
+    ],
+)
+def test_refused_settings(photos, tmp_path, arguments, text):
+    with pytest.raises(UserError, match=text):
+        run(photos, tmp_path / "D", *arguments)
+    assert not (tmp_path / "D").exists()
+
+
+def test_nothing_to_do_it_with(tmp_path):
+    with pytest.raises(UserError, match="not a folder"):
+        run(tmp_path / "nowhere", tmp_path / "D")
+    source = tmp_path / "in"
+    source.mkdir()
+    with pytest.raises(UserError, match="no images"):
+        run(source, tmp_path / "D")
+    (source / "broken.png").write_bytes(b"\x89PNG")
+    for benchmark in ((), ("--benchmark",)):
+        with pytest.raises(UserError, match="no image in .* can be used"):
+            run(source, tmp_path / "new" / "D", *benchmark)
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="same folder"):
+        run(source, source)
+
+
+def test_bad_images_are_named_and_the_rest_is_made(photos, tmp_path):
+    whole = cv2.imencode(".png", photo(200, 200))[1].tobytes()
+    (photos / "torn.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "text.jpg").write_text("no image")
+    (photos / "link.png").symlink_to("nowhere")
+    cv2.imwrite(str(photos / "tiny.png"), photo(71, 300))
+    done = mlrn("prepare", str(photos), "D", *SMALL, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stdout
+    for name in ("torn.png", "text.jpg", "link.png", "tiny.png"):
+        assert re.search(rf"left out: .*{name}: .+", done.stdout)
+    assert "3 of 7 images" in done.stdout and "4 left out" in done.stdout
+    assert len(records(tmp_path / "D/D_train_HR_sub.lmdb")) == 15
+
+
+def test_own_output_and_links_that_lead_back_are_not_read(photos):
+    (photos / "sub" / "loop").symlink_to(photos)
+    assert run(photos, photos / "sub" / "out", *SMALL, "--scale", 2) == 0
+    assert run(photos, photos / "sub" / "out", "--benchmark") == 0
+    assert len(list((photos / "sub/out/GTmod2").iterdir())) == 3
+    assert run(photos, photos / "sub" / "out", *SMALL, "--scale", 2, "--overwrite") == 0
+    hr = records(photos / "sub" / "out" / "out_train_HR_sub.lmdb")
+    assert {key[:-5] for key in hr} == {"0001", "0002", "sub_0001"}
+
+
+def test_linked_folders_are_read(photos, tmp_path):
+    both = tmp_path / "both"
+    both.mkdir()
+    for name in ("A", "B"):
+        (both / name).symlink_to(photos)
+    assert run(both, tmp_path / "D", *SMALL, "--scale", 2) == 0
+    # the second link leads to the same folder: the same images, read once
+    assert len(records(tmp_path / "D/D_train_HR_sub.lmdb")) == 15
+
+
+def test_scales_added_later_and_what_is_there_kept(photos, tmp_path, capsys):
+    at_once, out = tmp_path / "a" / "D", tmp_path / "b" / "D"
+    assert run(photos, at_once, *SMALL) == 0
+    assert run(photos, out, *SMALL, "--scale", 3) == 0
+    before = snapshot(out)
+    assert run(photos, out, *SMALL, "--scale", 3) == 0
+    assert "there already" in capsys.readouterr().out
+    assert snapshot(out) == before
+    assert run(photos, out, *SMALL, "--scale", 4, 3, 2) == 0
+    assert before.items() <= snapshot(out).items()
+    for folder in at_once.iterdir():
+        assert records(folder) == records(out / folder.name)
+        for name in ("meta_info.txt", "prepare.json"):
+            assert (folder / name).read_text() == (out / folder.name / name).read_text()
+
+    before = snapshot(out)
+    with pytest.raises(UserError, match="step 36.*not with .*step 72.*--overwrite"):
+        run(photos, out, "--crop-size", 72, "--step", 72)
+    with pytest.raises(UserError, match="--scale 2 3 4 --overwrite"):
+        run(photos, out, *SMALL, "--scale", 2, "--overwrite")
+    assert snapshot(out) == before
+    assert run(photos, out, "--crop-size", 72, "--step", 72, "--overwrite") == 0
+    assert len(records(out / "D_train_HR_sub.lmdb")) < 15
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in at_once.iterdir())
+
+
+def test_a_scale_is_only_added_for_the_images_of_the_hr(photos, tmp_path, capsys):
+    out = tmp_path / "D"
+    assert run(photos, out, *SMALL, "--scale", 2) == 0
+    cv2.imwrite(str(photos / "0003.png"), photo(72, 72))
+    assert run(photos, out, *SMALL, "--scale", 3) == 1
+    assert "0003.png: not in" in capsys.readouterr().err
+    cv2.imwrite(str(photos / "0002.bmp"), photo(72, 144))  # would be cut into more
+    with pytest.raises(UserError, match="0002.bmp"):
+        run(photos, out, *SMALL, "--scale", 4)
+    (photos / "0001.png").unlink()
+    with pytest.raises(UserError, match="0001"):
+        run(photos, out, *SMALL, "--scale", 4)
+    assert not (out / "D_train_LR_bicubic_X4_sub.lmdb").exists()
+
+
+def test_foreign_lmdbs_are_not_taken_for_ours(photos, tmp_path):
+    out = tmp_path / "D"
+    foreign = out / "D_train_HR_sub.lmdb"
+    foreign.mkdir(parents=True)
+    (foreign / "meta_info.txt").write_text("0001_s001.png (480,480,3) 1\n")
+    with pytest.raises(UserError, match="unknown settings"):
+        run(photos, out, *SMALL)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(30):
+        cv2.imwrite(str(folder / f"{i:04d}.bmp"), photo(360, 480, i))
+    return folder
+
+
+def test_killed_runs_continue_to_the_same_records(many, tmp_path):
+    whole = tmp_path / "whole" / "D"
+    settings = ("--crop-size", "120", "--step", "36", "--workers", "1")
+    assert run(many, whole, *settings) == 0
+
+    out = tmp_path / "D"
+    # commits after each image, so that a short run has something to lose and something to keep
+    script = (
+        "import sys; from mlrn_arch import cli; from mlrn_arch.tools import prepare; "
+        "prepare._COMMIT_BYTES = 0; sys.exit(cli.main())"
+    )
+    command = [sys.executable, "-c", script, "prepare", str(many), str(out), *settings]
+    journal = out / ".D.partial" / "journal"
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        done = journal.read_text().count("}") if journal.exists() else 0
+        with subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            while not journal.exists() or journal.read_text().count("}") <= done:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.01)
+            process.send_signal(number)
+            error = process.communicate()[1]
+        assert process.returncode == code, error
+        assert "Traceback" not in error and error.count("\n") <= 1
+        assert [p.name for p in out.iterdir()] == [".D.partial"]  # nothing that looks finished
+        assert not list(out.rglob("meta_info.txt"))
+        with open(journal, "a") as torn:
+            torn.write('{"key": "0039", "cou')
+    with pytest.raises(UserError, match="unfinished run"):
+        run(many, out, *settings, "--scale", 2)
+    assert run(many, out, *settings) == 0
+    for folder in whole.iterdir():
+        assert records(out / folder.name) == records(folder)
+        assert (out / folder.name / "meta_info.txt").read_text() == (
+            folder / "meta_info.txt"
+        ).read_text()
+    assert len(list(out.iterdir())) == 4
+
+
+@pytest.mark.parametrize("renames", range(9))
+def test_a_kill_while_results_are_put_into_place(photos, tmp_path, monkeypatch, renames):
+    out = tmp_path / "D"
+    overwrite = ("--overwrite",)
+    assert run(photos, out, "--crop-size", 72, "--step", 72) == 0
+    left, rename = renames, Path.rename
+
+    class Killed(BaseException):
+        pass
+
+    def dying(self, target):
+        nonlocal left
+        if left == 0:
+            raise Killed
+        left -= 1
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    try:
+        run(photos, out, *SMALL, *overwrite)
+        assert renames == 8
+    except Killed:
+        pass
+    monkeypatch.undo()
+    assert run(photos, out, *SMALL) == 0
+    assert sorted(p.name for p in out.iterdir())[0] == "D_train_HR_sub.lmdb"
+    for folder in out.iterdir():
+        assert json.loads((folder / "prepare.json").read_text())["step"] == 36
+        assert len(records(folder)) == 15
+
+
+def test_an_image_that_changed_since_the_kill_is_noticed(photos, tmp_path, monkeypatch):
+    out = tmp_path / "D"
+    monkeypatch.setattr(prepare, "_publish", lambda unfinished: (unfinished / "ready").unlink())
+    with pytest.raises(UserError):  # there is nothing where it should be
+        run(photos, out, *SMALL)
+    monkeypatch.undo()
+    cv2.imwrite(str(photos / "0002.bmp"), photo(72, 84))
+    with pytest.raises(UserError, match="0002 has changed"):
+        run(photos, out, *SMALL)
+
+
+@pytest.mark.parametrize(
+    "function, error, arguments",
+    [
+        ("_write_png", OSError(28, "No space left on device"), ("--benchmark",)),
+        ("_build", lmdb.Error("mdb_txn_commit: Input/output error"), SMALL),
+    ],
+)
+def test_full_disk_is_one_sentence(photos, tmp_path, monkeypatch, function, error, arguments):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(prepare, function, full)
+    with pytest.raises(UserError, match="is full, or fails; free some space"):
+        run(photos, tmp_path / "D", *arguments)
+
+
+def test_benchmark_folders(photos, tmp_path, capsys):
+    from basicsr.data.paired_image_dataset import PairedImageDataset
+
+    out = tmp_path / "Set3"
+    grey = photo(50, 61)[..., 0]
+    cv2.imwrite(str(photos / "grey.png"), grey)
+    assert run(photos, out, "--benchmark") == 0
+    assert "1 grey (kept grey)" in capsys.readouterr().out
+    for scale in (2, 3, 4):
+        gt = cv2.imread(str(out / f"GTmod{scale}/0001.png"), cv2.IMREAD_UNCHANGED)
+        lq = cv2.imread(str(out / f"LRbicx{scale}/0001.png"), cv2.IMREAD_UNCHANGED)
+        height, width = 110 // scale * scale, 157 // scale * scale
+        np.testing.assert_array_equal(gt, photo(110, 157, 1)[:height, :width])
+        np.testing.assert_array_equal(lq, imresize(gt, scale))
+        assert cv2.imread(str(out / f"GTmod{scale}/grey.png"), cv2.IMREAD_UNCHANGED).ndim == 2
+        dataset = PairedImageDataset(
+            {
+                "dataroot_gt": str(out / f"GTmod{scale}"),
+                "dataroot_lq": str(out / f"LRbicx{scale}"),
+                "io_backend": {"type": "disk"},
+                "scale": scale,
+                "phase": "val",
+            }
+        )
+        assert len(dataset) == 4
+        for pair in dataset:
+            assert pair["gt"].shape[1] == pair["lq"].shape[1] * scale
+
+    (out / "LRbicx3" / "0001.png").unlink()
+    before = snapshot(out)
+    assert run(photos, out, "--benchmark") == 0
+    assert "3 already there, kept" in capsys.readouterr().out
+    after = snapshot(out)
+    assert before.items() <= after.items() and set(after) - set(before) == {"LRbicx3/0001.png"}
+    assert run(photos, out, "--benchmark", "--overwrite") == 0
+    assert {k: v[0] for k, v in snapshot(out).items()} == {k: v[0] for k, v in after.items()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
+    source = tmp_path / "in"
+    source.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (240, 240, 3), dtype=np.uint8)
+    data = cv2.imencode(".bmp", noise)[1].tobytes()
+    for i in range(1500):
+        (source / f"{i:04d}.bmp").write_bytes(data)
+    stream, used = prepare._stream, []
+
+    def watched(*arguments):
+        for result in stream(*arguments):
+            status = Path("/proc/self/status").read_text()
+            used.append(int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024)
+            yield result
+
+    monkeypatch.setattr(prepare, "_stream", watched)
+    monkeypatch.setattr(prepare, "_COMMIT_BYTES", 2**22)
+    settings = ("--crop-size", 240, "--step", 240, "--scale", 2, "--format", "bmp")
+    assert run(source, tmp_path / "D", *settings) == 0
+    assert len(used) == 1500
+    assert max(used[300:]) < max(used[:300]) + 30  # MB, of 325 that pass through
