@@ -398,9 +398,9 @@ def _training(args: argparse.Namespace, images: dict[str, Path]) -> int:
 
     count = sum(entry["count"] for entry in done.values())
     for s in wanted:
-        side, size = args.crop_size // s, (lmdbs[s] / "data.mdb").stat().st_size / 1e9
+        side, size = args.crop_size // s, (lmdbs[s] / "data.mdb").stat().st_size / 1e6
         kept = "" if s in todo else ", kept as it was"
-        print(f"{lmdbs[s]}: {count} sub-images of {side}x{side}, {size:.2f} GB{kept}")
+        print(f"{lmdbs[s]}: {count} sub-images of {side}x{side}, {size:,.0f} MB{kept}")
     code = _report(Counter(n for e in done.values() for n in e["notes"]), left_out, total, start)
     s = args.scale[-1]
     patch = 256 if s == 4 else 192  # of the option files
