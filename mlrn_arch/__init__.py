@@ -3,7 +3,7 @@
 from mlrn_arch import compat  # first: without it `import basicsr` fails
 
 # isort: split
-from mlrn_arch import archs
+from mlrn_arch import archs, models
 
 __version__ = "0.1.0"
-__all__ = ["archs", "compat"]
+__all__ = ["archs", "compat", "models"]

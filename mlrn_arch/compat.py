@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 import types
 import warnings
 from typing import Any
@@ -100,6 +101,8 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
         try:
             torch.load(network, map_location="cpu", weights_only=True)
             state = load_state(path)
+            if not {"iter", "epoch", "optimizers", "schedulers"} <= state.keys():
+                raise ValueError("it is no training state")
         except Exception as error:  # a torn file can fail in as many ways as there are bytes
             print(f"Passing over {path}: {_first_line(error)}", flush=True)
             continue
@@ -115,12 +118,26 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+# How torch tells that something outside this process ended it.
+_DEATHS = {
+    "DataLoader worker": "a worker that loads data died, perhaps for want of memory",
+    "onnection closed by peer": "another process of this run died",
+    "onnection reset by peer": "another process of this run died",
+    "Broken pipe": "another process of this run died",
+    "NCCL": "another process of this run died, or its GPU failed",
+}
+
+
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def run_pipeline(
-    phase: str, opt: dict[str, Any], args: argparse.Namespace, notes: list[str]
+    phase: str,
+    opt: dict[str, Any],
+    args: argparse.Namespace,
+    notes: list[str],
+    **replaced: Any,
 ) -> None:
     """Run BasicSR's own `train_pipeline` or `test_pipeline` on options that are read already.
 
@@ -129,8 +146,14 @@ def run_pipeline(
         opt: Complete options, as BasicSR's `parse_options` would return them.
         args: The command line; BasicSR copies the file `args.opt` into the experiment.
         notes: What was adapted to this machine; logged below the environment.
+        replaced: Names of the pipeline's module and what takes their place.
+
+    Raises:
+        UserError: A training image cannot be read, or another process of the run died.
     """
     pipeline = importlib.import_module(f"basicsr.{phase}")
+    for name, replacement in replaced.items():
+        setattr(pipeline, name, replacement)
     get_env_info = pipeline.get_env_info
     # Its parse_options reads with PyYAML's unsafe loader and executes `--force_yml` keys.
     pipeline.parse_options = lambda root_path, is_train: (opt, args)
@@ -140,6 +163,19 @@ def run_pipeline(
         pipeline.load_resume_state = _load_resume_state
         # On a resume BasicSR steps the schedule once before the first optimizer step.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        pipeline.train_pipeline(opt["root_path"])
+        try:
+            pipeline.train_pipeline(opt["root_path"])
+        except BaseException as error:
+            # Lets go of the loader, which ends its workers; at exit Python would wait for them.
+            traceback.clear_frames(error.__traceback__)
+            if isinstance(error, UserError):  # out of a worker it comes wrapped in a traceback
+                raise UserError(str(error).rpartition("UserError: ")[2]) from None
+            for symptom, reason in _DEATHS.items():
+                if isinstance(error, RuntimeError) and symptom in str(error):
+                    raise UserError(
+                        f"{reason}; the same command with --auto_resume goes on from the last "
+                        f"save ({_first_line(error)})"
+                    ) from None
+            raise
     else:
         pipeline.test_pipeline(opt["root_path"])

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+import torch
+
 
 class UserError(Exception):
     """A mistake of the user: its text says what is wrong, where, and what to do about it."""
@@ -21,9 +23,11 @@ def run(name: str, main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        # With several processes each of them finds the same mistake: one tells it.
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"{name}: {error}", file=sys.stderr)
+        # Each of several processes finds the same fault in an option file, and one tells it. Once
+        # they have joined, what goes wrong is a process's own.
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if rank == "0" or torch.distributed.is_initialized():
+            print(f"{name}{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

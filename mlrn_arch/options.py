@@ -14,6 +14,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from basicsr.data.data_util import (
     paired_paths_from_lmdb,
     paired_paths_from_meta_info_file,
 )
+from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info, init_dist
 from basicsr.utils.registry import (
@@ -37,6 +39,7 @@ from basicsr.utils.registry import (
 
 from mlrn_arch.compat import newest_states
 from mlrn_arch.errors import UserError
+from mlrn_arch.models.fast_sr_model import DTYPES
 
 Options = dict[str, Any]
 
@@ -288,19 +291,32 @@ def _adapt(opt: Options) -> list[str]:
         if workers > cores:
             notes.append(f"datasets:{key}:num_worker_per_gpu: {workers} -> {cores}: all cores")
             dataset["num_worker_per_gpu"] = cores
+    slow = opt["num_gpu"] == 0 and not _cpu_computes_in_bf16()
+    for section in ("train", "val"):
+        if slow and (opt.get(section) or {}).get("precision", "fp32") != "fp32":
+            notes.append(f"{section}:precision: fp32: this CPU only emulates a lower one, slowly")
+            opt[section]["precision"] = "fp32"
     if opt["num_gpu"] == 0:
         notes.append(f"Running on the CPU with {torch.get_num_threads()} threads")
     return notes
+
+
+def _cpu_computes_in_bf16() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11 or so
+    return capabilities.get("avx512_bf16", True) or capabilities.get("amx_bf16", True)
 
 
 def _init_distributed(opt: Options, launcher: str) -> None:
     """Join the other processes: BasicSR's way on GPUs, over gloo on CPUs."""
     opt["dist"] = launcher != "none"
     if opt["dist"] and torch.cuda.is_available():
-        params = opt.get("dist_params", {}) if launcher == "slurm" else {}
-        init_dist(launcher, **params)
+        # The others wait while rank 0 validates: longer than torch's ten minutes.
+        params = {"timeout": timedelta(hours=2)} if launcher == "pytorch" else {}
+        init_dist(launcher, **params, **opt.get("dist_params", {}) if launcher == "slurm" else {})
+    elif launcher == "slurm":
+        raise UserError("--launcher slurm is BasicSR's and needs GPUs; on CPUs use torchrun")
     elif opt["dist"]:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=timedelta(hours=2))
     opt["rank"], opt["world_size"] = get_dist_info()
 
 
@@ -327,7 +343,7 @@ def check(opt: Options) -> Iterator[str]:
             yield f"{where}: BasicSR knows datasets by the names train, val and test (test_1, ...)"
         elif (kind := dataset.get("type")) not in DATASET_REGISTRY:
             yield f"{where}:type: {_unknown(kind, DATASET_REGISTRY.keys())}"
-        elif kind == "PairedImageDataset":
+        elif issubclass(DATASET_REGISTRY.get(kind), PairedImageDataset):
             yield from _check_paired(where, dataset)
 
     val = opt.get("val")
@@ -339,6 +355,22 @@ def check(opt: Options) -> Iterator[str]:
             yield from _check_call(f"val:metrics:{name}", METRIC_REGISTRY, metric, known)
     if opt["is_train"]:
         yield from _check_train(opt["train"])
+        if (
+            opt["model_type"] == "SRModel"
+            and opt["datasets"]["train"].get("type") == "FastPairedImageDataset"
+        ):
+            yield (
+                "datasets:train:type: FastPairedImageDataset gives bytes, which SRModel cannot "
+                "take; set it to PairedImageDataset, or model_type to FastSRModel"
+            )
+    if opt["model_type"] == "FastSRModel":
+        for section in ("train", "val"):
+            precision = (opt.get(section) or {}).get("precision", "fp32")
+            if precision not in DTYPES:
+                yield f"{section}:precision: {_unknown(precision, DTYPES)}"
+        metrics, best = (val or {}).get("metrics") or {}, (val or {}).get("save_best")
+        if best is not None and best not in metrics:
+            yield f"val:save_best: {_unknown(best, metrics)}; it must be one of val:metrics"
 
 
 def _check_train(train: Options) -> Iterator[str]:
@@ -460,7 +492,7 @@ def _misfits(where: str, path: str, network: torch.nn.Module, state: Options) ->
 
 
 def _check_paired(where: str, dataset: Options) -> Iterator[str]:
-    """Check a `PairedImageDataset`: its keys, its folders or LMDBs, its patch size."""
+    """Check a `PairedImageDataset` or a kind of it: keys, folders or LMDBs, patch size."""
     training = dataset["phase"] == "train"
     missing = list(_missing(dataset, REQUIRED_PAIRED + REQUIRED_PAIRED_TRAIN * training))
     if "scale" not in dataset:

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from mlrn_arch import compat, errors, options
+from basicsr.models import build_model
+from basicsr.utils.registry import MODEL_REGISTRY
+
+from mlrn_arch import compat, data, errors, options
+from mlrn_arch.models.fast_sr_model import FastSRModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as an option file says; raises `UserError` for a fault in it. Returns 0."""
-    compat.run_pipeline("train", *options.read("train", argv))
+    opt, args, notes = options.read("train", argv)
+    replaced = replacements(opt)
+    if replaced:
+        signal.signal(signal.SIGINT, FastSRModel.ask_to_stop)
+        signal.signal(signal.SIGTERM, FastSRModel.ask_to_stop)
+    compat.run_pipeline("train", opt, args, notes, **replaced)
     return 0
+
+
+def replacements(opt: dict[str, Any]) -> dict[str, Any]:
+    """What a `FastSRModel` puts in the place of the pipeline's own: nothing for other models.
+
+    The sampler can continue inside an epoch, the loader seeds every sample, and the model knows
+    the sampler, to save its position.
+    """
+    if not issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel):
+        return {}
+    samplers: list[data.ResumableSampler] = []
+
+    def make_sampler(*args: Any) -> data.ResumableSampler:
+        samplers.append(data.ResumableSampler(*args))
+        return samplers[-1]
+
+    def make_model(opt: dict[str, Any]) -> FastSRModel:
+        model = build_model(opt)
+        model.sampler = samplers[-1]
+        return model
+
+    return {
+        "EnlargedSampler": make_sampler,
+        "build_dataloader": data.build_dataloader,
+        "build_model": make_model,
+    }
 
 
 if __name__ == "__main__":

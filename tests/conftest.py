@@ -27,7 +27,7 @@ def mlrn(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=120,
         **kwargs,
     )
 
@@ -35,9 +35,13 @@ def mlrn(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="session")
 def paired_data(tmp_path_factory) -> Path:
     """Eight 64x64 images and their halves, as folders and as LMDBs made by BasicSR's own tool."""
+    return make_paired_data(tmp_path_factory.mktemp("data"))
+
+
+def make_paired_data(root: Path) -> Path:
+    """Fill `root` with the data of the fixture `paired_data`."""
     from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 
-    root = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     for name in ("gt", "lq"):
         (root / name).mkdir()
@@ -57,6 +61,11 @@ def paired_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def train_options(paired_data) -> dict:
     """Options of a run that takes seconds on a CPU: a tiny MLRN x2, saved every 10 iterations."""
+    return make_train_options(paired_data)
+
+
+def make_train_options(paired_data: Path) -> dict:
+    """The options of the fixture `train_options`."""
     return {
         "name": "tiny",
         "model_type": "SRModel",
@@ -104,6 +113,19 @@ def train_options(paired_data) -> dict:
         },
         "logger": {"print_freq": 1, "save_checkpoint_freq": 10, "use_tb_logger": True},
     }
+
+
+@pytest.fixture
+def fast_options(train_options) -> dict:
+    """The same run by `FastSRModel` and `FastPairedImageDataset`."""
+    return make_fast(train_options)
+
+
+def make_fast(options: dict) -> dict:
+    """Change options to `FastSRModel` and `FastPairedImageDataset`, in place."""
+    options["model_type"] = "FastSRModel"
+    options["datasets"]["train"]["type"] = "FastPairedImageDataset"
+    return options
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ REFUSED = [
     ("val:metrics:psnr:type", "psnr", "unknown 'psnr'; did you mean calculate_psnr"),
     ("val:metrics:psnr", {"type": "calculate_psnr"}, "calculate_psnr needs crop_border"),
     ("val:val_freq", None, "val:val_freq: is missing"),
+    ("datasets:train:type", "FastPairedImageDataset", "gives bytes, which SRModel cannot take"),
     ("path:pretrain_network_g", "/no/net.pth", "no such file /no/net.pth"),
 ]
 
@@ -61,6 +62,19 @@ def test_refusal(tmp_path, monkeypatch, train_options, where, value, message):
         read(tmp_path, train_options)
     assert message in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["options.yml"]
+
+
+def test_refusals_of_fast_options(tmp_path, fast_options):
+    fast_options["train"]["precision"] = "bf61"
+    fast_options["val"].update(precision="int8", save_best="ssim")
+    with pytest.raises(UserError) as error:
+        read(tmp_path, fast_options)
+    for message in (
+        "train:precision: unknown 'bf61'; did you mean bf16",
+        "val:precision: unknown 'int8'; known are bf16, fp16, fp32",
+        "val:save_best: unknown 'ssim'; known are psnr; it must be one of val:metrics",
+    ):
+        assert message in str(error.value)
 
 
 def test_a_right_file_is_not_refused(tmp_path, train_options):
@@ -215,7 +229,7 @@ def test_shipped_recipe_is_the_papers():
         assert train["scheduler"]["milestones"] == list(range(200_000, total, 200_000))
         assert train["scheduler"]["gamma"] == 0.5
         assert train["optim_g"] == {"type": "Adam", "lr": 5e-4, "betas": [0.9, 0.99]}
-        assert train["pixel_opt"] == {"type": "L1Loss"}
+        assert train["pixel_opt"] == {"type": "L1Loss"} and "grad_clip" not in train
         assert data["batch_size_per_gpu"] == 64
         assert data["gt_size"] == patch[opt["scale"]]
         assert data["use_hflip"] and data["use_rot"]

@@ -33,15 +33,17 @@ def test_training_lowers_the_loss_and_resumes(tmp_path, train_options):
     assert list((tmp_path / "tb_logger/tiny").iterdir())
     assert {p.name for p in tmp_path.iterdir()} == {"tiny.yml", "experiments", "tb_logger"}
 
-    # A kill in the middle of the last save: its state is torn, the one before it is whole.
+    # A kill in the middle of the last save tore its state, the one before is not ours.
     state = experiment / "training_states/40.state"
     state.write_bytes(state.read_bytes()[:1000])
-    (experiment / "training_states/30.state").touch()
+    (experiment / "models/net_g_30.pth").rename(experiment / "models/net_g_35.pth")
+    torch.save({"a": torch.zeros(1)}, experiment / "training_states/35.state")
     second = mlrn(*command, cwd=tmp_path)
     assert second.returncode == 0, second.stdout
-    assert re.search(r"Passing over .*40.state", second.stdout)
-    assert "Resuming training from epoch: 0, iter: 30." in second.stdout
-    assert sorted(losses(second.stdout)) == list(range(31, 41))
+    for name in ("40", "35", "30"):  # 30 has lost its network
+        assert re.search(rf"Passing over .*{name}.state", second.stdout)
+    assert "Resuming training from epoch: 0, iter: 20." in second.stdout
+    assert sorted(losses(second.stdout)) == list(range(21, 41))
     assert not list(tmp_path.glob("experiments/*archived*"))
 
     # No whole state: the experiment is neither renamed away nor trained anew.

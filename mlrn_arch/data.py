@@ -1,0 +1,158 @@
+"""Training data that keeps a fast GPU fed and continues exactly where a run stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from basicsr.data import build_dataloader as build_stock_dataloader
+from basicsr.data.data_sampler import EnlargedSampler
+from basicsr.data.paired_image_dataset import PairedImageDataset
+from basicsr.data.transforms import augment, paired_random_crop
+from basicsr.utils import FileClient
+from basicsr.utils.file_client import LmdbBackend
+from basicsr.utils.registry import DATASET_REGISTRY
+
+from mlrn_arch.errors import UserError
+
+
+@DATASET_REGISTRY.register()
+class FastPairedImageDataset(PairedImageDataset):
+    """`PairedImageDataset` that crops before it converts, and reads only the crop if it can.
+
+    Takes the same options. In training it gives `lq` and `gt` as uint8, (3, h, w), RGB, which
+    `FastSRModel` turns into the same float values on the device. A value of an LMDB that is an
+    uncompressed BMP (`mlrn prepare --format bmp`) is never decoded: the crop is copied out of it.
+    """
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        opt = self.opt
+        if opt["phase"] != "train" or opt.get("color") == "y" or self.mean or self.std:
+            return super().__getitem__(index)
+        if self.file_client is None:
+            self.file_client = FileClient(self.io_backend_opt.pop("type"), **self.io_backend_opt)
+        paths = self.paths[index]
+        with contextlib.ExitStack() as stack:
+            gt, lq = (_image(self._value(stack, key, paths[f"{key}_path"])) for key in ("gt", "lq"))
+            gt, lq = paired_random_crop(gt, lq, opt["gt_size"], opt["scale"], paths["gt_path"])
+            pair = [np.ascontiguousarray(gt), np.ascontiguousarray(lq)]
+        gt, lq = (
+            torch.from_numpy(np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1)))
+            for image in augment(pair, opt["use_hflip"], opt["use_rot"])
+        )
+        return {"lq": lq, "gt": gt, **paths}
+
+    def _value(self, stack: contextlib.ExitStack, key: str, path: str) -> bytes | memoryview:
+        """An encoded image; of an LMDB a view that is valid while `stack` is open.
+
+        BasicSR's reader copies the whole value. Of a view only what is cropped is read from disk.
+        """
+        if not isinstance(self.file_client.client, LmdbBackend):
+            return self.file_client.get(path, key)
+        environment = self.file_client.client._client[key]
+        value = stack.enter_context(environment.begin(buffers=True)).get(path.encode("ascii"))
+        if value is None:
+            raise KeyError(f"the LMDB has no {path}")
+        return value
+
+
+def _image(value: bytes | memoryview) -> np.ndarray:
+    """Decode an image, (h, w, 3), BGR; of an uncompressed 24-bit BMP give a view instead."""
+    if value[:2] == b"BM" and value[28:30] == b"\x18\x00" and value[30:34] == bytes(4):
+        start, width, height = (
+            int.from_bytes(value[i : i + 4], "little", signed=True) for i in (10, 18, 22)
+        )
+        if height > 0:  # stored bottom row first, each row padded to four bytes
+            stride = (width * 3 + 3) // 4 * 4
+            rows = np.frombuffer(value, np.uint8, stride * height, start).reshape(height, stride)
+            return rows[::-1, : width * 3].reshape(height, width, 3)
+    return cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_COLOR)
+
+
+class ResumableSampler(EnlargedSampler):
+    """`EnlargedSampler` that can begin in the middle of an epoch and numbers its samples.
+
+    It gives pairs (number of the sample in the whole run, index into the data set). The number
+    seeds the sample's random crop, so that it is the same whichever worker or rank makes it.
+    """
+
+    skip = 0  # samples of the run, over all ranks, that earlier sessions used up
+    batch_size = 1  # over all ranks
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that the loader's whole batches take from an epoch, over all ranks."""
+        return self.total_size // self.batch_size * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator()
+        generator.manual_seed(self.epoch)
+        order = torch.randperm(self.total_size, generator=generator) % len(self.dataset)
+        first = self.epoch * self.samples_per_epoch
+        start = min(max(self.skip - first, 0), self.samples_per_epoch)
+        positions = range(start + self.rank, self.total_size, self.num_replicas)
+        indices = order[start + self.rank :: self.num_replicas].tolist()
+        for position, index in zip(positions, indices, strict=True):
+            yield first + position, index
+
+
+class _SeededDataset(torch.utils.data.Dataset):
+    """Seeds every sample by its number, and names the sample that cannot be made."""
+
+    def __init__(self, dataset: torch.utils.data.Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.opt = dataset.opt
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, numbered: tuple[int, int]) -> dict[str, Any]:
+        number, index = numbered
+        random.seed(f"{self.seed}:{number}")
+        np.random.seed(random.getrandbits(32))
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            name = getattr(self.dataset, "paths", {index: index})[index]
+            raise UserError(
+                f"training image {name} of {self.opt.get('dataroot_gt')} cannot be read: "
+                f"{type(error).__name__}: {error}; restore or prepare the data set again"
+            ) from None
+
+
+def build_dataloader(
+    dataset: torch.utils.data.Dataset,
+    dataset_opt: dict[str, Any],
+    num_gpu: int = 1,
+    dist: bool = False,
+    sampler: ResumableSampler | None = None,
+    seed: int | None = None,
+) -> torch.utils.data.DataLoader:
+    """BasicSR's `build_dataloader`; in training with seeded samples and workers that stay.
+
+    BasicSR's workers start anew and with the same seeds in every epoch, so that short epochs
+    repeat the same crops. Here the samples carry the seeds.
+    """
+    if dataset_opt["phase"] != "train":
+        return build_stock_dataloader(dataset, dataset_opt, num_gpu, dist, sampler, seed)
+    dataset_opt = {**dataset_opt, "persistent_workers": dataset_opt["num_worker_per_gpu"] > 0}
+    seeded = _SeededDataset(dataset, seed)
+    loader = build_stock_dataloader(seeded, dataset_opt, num_gpu, dist, sampler, seed)
+    loader.worker_init_fn = _start_worker
+    sampler.batch_size = loader.batch_size * sampler.num_replicas
+    return loader
+
+
+def _start_worker(worker_id: int) -> None:
+    # Ctrl-C and batch systems signal every process of a job. The main process answers, and still
+    # needs data to finish its step; it ends its workers itself, and they end when it is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(1)

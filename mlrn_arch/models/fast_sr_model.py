@@ -1,0 +1,384 @@
+"""A faster `SRModel` whose run cannot be lost."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import random
+import signal
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import MODEL_REGISTRY
+
+from mlrn_arch.compat import newest_states
+from mlrn_arch.data import ResumableSampler
+from mlrn_arch.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What decides the course of a run; machines may differ in the rest (workers, pinned memory).
+COMPARED = ("scale", "manual_seed", "world_size", "network_g", "datasets:train", "train")
+NOT_COMPARED = ("num_worker_per_gpu", "prefetch_mode", "pin_memory", "dataroot_gt", "dataroot_lq")
+
+
+@MODEL_REGISTRY.register()
+class FastSRModel(SRModel):
+    """`SRModel` in reduced precision, without a GPU sync a step, with saves that stay whole.
+
+    Takes every option of `SRModel`, and:
+
+        train:precision       fp32 (default), bf16, or fp16 (with loss scaling)
+        train:channels_last   true (default): the memory format that convolutions are fastest in
+        train:compile         false (default): `torch.compile` the network for training
+        train:grad_clip       largest norm of the gradient; no clipping by default
+        val:precision         fp32 (default), bf16 or fp16
+        val:save_best         a name below val:metrics; keeps `net_g_best.pth`, by the first
+                              validation set
+        logger:keep_last      how many of the newest checkpoints and states to keep; all by default
+
+    Raises:
+        UserError: An unknown precision or metric; a loss that is not finite.
+    """
+
+    sampler: ResumableSampler | None = None  # set by `mlrn train`; its position is saved
+    stop_signal = 0  # of the process, so of the class
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        train, val = opt.get("train") or {}, opt.get("val") or {}
+        self.precision = train.get("precision", "fp32")
+        self.val_precision = val.get("precision", "fp32")
+        channels_last = train.get("channels_last", True)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.started_with = {
+            key: copy.deepcopy(value) for key in COMPARED if (value := _get(opt, key)) is not None
+        }
+        self.pending: list[tuple[int, torch.Tensor, list[str]]] = []
+        self.loss_dict: dict[str, torch.Tensor] = {}
+        self.samples, self.samples_since = 0, time.monotonic()
+        self.samples_seen = 0
+        super().__init__(opt)
+
+    def model_to_device(self, net: torch.nn.Module) -> torch.nn.Module:
+        """Move a network to the device, channels last, compiled and wrapped as the options say."""
+        net = net.to(memory_format=self.memory_format)
+        if (self.opt.get("train") or {}).get("compile", False):
+            net.compile()  # in place, so that the names in its state dict stay
+        return super().model_to_device(net)
+
+    def init_training_settings(self) -> None:
+        """Set up EMA, losses, optimizer and schedule as `SRModel` does, and loss scaling."""
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        super().init_training_settings()
+        self.params = [p for group in self.optimizer_g.param_groups for p in group["params"]]
+        if self.ema_decay > 0:
+            self.net_g_ema.to(memory_format=self.memory_format)
+            net = dict(self.get_bare_model(self.net_g).named_parameters())
+            ema = dict(self.net_g_ema.named_parameters())
+            self.ema_pair = [ema[name].data for name in ema], [net[name].data for name in ema]
+
+    def get_optimizer(
+        self, optim_type: str, params: list[torch.nn.Parameter], lr: float, **kwargs: Any
+    ) -> torch.optim.Optimizer:
+        """Build BasicSR's optimizer; Adam as one fused kernel, which can also skip a step."""
+        if optim_type == "Adam":
+            kwargs["fused"] = True
+        return super().get_optimizer(optim_type, params, lr, **kwargs)
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        """Take a batch: `lq` (n, c, h, w) and `gt`, float in [0, 1] or uint8."""
+        self.lq_path = data["lq_path"]
+        for key in ("lq", "gt"):
+            if key in data:
+                image = data[key].to(
+                    self.device, non_blocking=True, memory_format=self.memory_format
+                )
+                setattr(self, key, image if image.is_floating_point() else image.float() / 255)
+
+    def _autocast(self, precision: str) -> contextlib.AbstractContextManager:
+        dtype = DTYPES[precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        """Train on the batch fed last. A gradient that is not finite leaves the weights alone."""
+        self.optimizer_g.zero_grad()
+        with self._autocast(self.precision):
+            self.output = self.net_g(self.lq)
+        output = self.output.float()
+        losses = OrderedDict()
+        if self.cri_pix:
+            losses["l_pix"] = self.cri_pix(output, self.gt)
+        if self.cri_perceptual:
+            l_percep, l_style = self.cri_perceptual(output, self.gt)
+            losses.update({"l_percep": l_percep, "l_style": l_style})
+        self.loss_dict = {name: loss for name, loss in losses.items() if loss is not None}
+        l_total = sum(self.loss_dict.values())
+        self.scaler.scale(l_total).backward()
+        self.scaler.unscale_(self.optimizer_g)
+        max_norm = self.opt["train"].get("grad_clip")
+        if max_norm:
+            norm = torch.nn.utils.clip_grad_norm_(self.params, max_norm)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.params])
+        bad = ~torch.isfinite(l_total.detach())
+        if not self.scaler.is_enabled():  # while scaling, an infinite gradient is nothing unusual
+            bad |= ~torch.isfinite(norm)
+            self.optimizer_g.found_inf = bad.float()  # fused Adam skips the step on the device
+        self.scaler.step(self.optimizer_g)
+        self.scaler.update()
+        if self.ema_decay > 0:
+            self.model_ema(decay=self.ema_decay)
+
+        self.pending.append((current_iter, bad, self.lq_path))
+        self.samples += self.opt["world_size"] * len(self.lq)
+        self.samples_seen += self.opt["world_size"] * len(self.lq)
+        if self.device.type == "cpu":  # looking costs nothing here; on a GPU it is a sync
+            self._check_finite()
+
+    def model_ema(self, decay: float = 0.999) -> None:
+        """Move the EMA weights towards the weights, all of them in two kernels."""
+        if decay == 0 or not hasattr(self, "ema_pair"):
+            super().model_ema(decay)
+            return
+        ema, net = self.ema_pair
+        torch._foreach_mul_(ema, decay)
+        torch._foreach_add_(ema, net, alpha=1 - decay)
+
+    def _check_finite(self) -> None:
+        """Fetch what the last steps found; raise for the first loss that was not finite."""
+        if not self.pending:
+            return
+        bad = torch.stack([flag for _, flag, _ in self.pending]).float()
+        if self.opt["dist"]:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        found = bad.tolist()
+        pending, self.pending = self.pending, []
+        if any(found):
+            current_iter, _, paths = pending[found.index(1)]
+            raise UserError(
+                f"the loss or its gradient was not finite at iter {current_iter}; nothing of it "
+                f"went into the weights or a checkpoint. The batch: {', '.join(paths)}. Look at "
+                "these images, or lower train:optim_g:lr, set train:grad_clip or "
+                "train:precision=fp32; --auto_resume goes on from the last saved state"
+            )
+
+    def get_current_log(self) -> dict[str, float]:
+        """Fetch the losses of the last step (the mean over all processes) and samples a second."""
+        self._check_finite()
+        values = torch.stack([loss.detach() for loss in self.loss_dict.values()])
+        if self.opt["dist"]:
+            torch.distributed.all_reduce(values)
+            values /= self.opt["world_size"]
+        log = dict(zip(self.loss_dict, values.tolist(), strict=True))
+        now = time.monotonic()
+        log["samples/s"] = self.samples / (now - self.samples_since)
+        self.samples, self.samples_since = 0, now
+        return log
+
+    def test(self) -> None:
+        """Run the network (its EMA weights if there are any) on `lq`, in val:precision."""
+        if self.is_train and self.stop_signal and not self.opt["dist"]:
+            self._stop(self.current_iter, self.stop_signal)
+        net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
+        net.eval()
+        with torch.inference_mode(), self._autocast(self.val_precision):
+            # Not through __call__: a compiled network would be compiled for every image size.
+            self.output = net.forward(self.lq).float()
+        net.train(self.is_train and not hasattr(self, "net_g_ema"))
+
+    def validation(
+        self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool = False
+    ) -> None:
+        """Validate as `SRModel` does, in between on rank 0; keep the best by val:save_best."""
+        self.current_iter = current_iter
+        since = time.monotonic()
+        super().validation(dataloader, current_iter, tb_logger, save_img)
+        self.samples_since += time.monotonic() - since
+        metric = self.opt["val"].get("save_best")
+        if self.is_train and metric and hasattr(self, "best_metric_results"):
+            first, records = next(iter(self.best_metric_results.items()))
+            if first == dataloader.dataset.opt["name"] and records[metric]["iter"] == current_iter:
+                self._write(self._networks(), self._model_path("best"))
+
+    def save(self, epoch: int, current_iter: int) -> None:
+        """Write the networks and the training state, each of them whole or not at all.
+
+        Args:
+            epoch: The running epoch.
+            current_iter: Steps done; -1 writes `net_g_latest.pth` alone, as BasicSR does.
+        """
+        self._check_finite()
+        if self.opt["rank"] != 0:
+            return
+        if current_iter == -1:
+            self._write(self._networks(), self._model_path("latest"))
+            return
+        state = {
+            "epoch": epoch,
+            "iter": current_iter,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "scaler": self.scaler.state_dict(),
+            "samples_seen": self.samples_seen,
+            "best_metric_results": _plain(getattr(self, "best_metric_results", None)),
+            "rng": _random_states(),
+            "started_with": _plain(self.started_with),
+        }
+        # The network first: a state without its network could not be resumed.
+        if self._write(self._networks(), self._model_path(current_iter)) and self._write(
+            state, self._state_path(current_iter)
+        ):
+            self._prune()
+
+    def _networks(self) -> dict[str, dict[str, torch.Tensor]]:
+        networks = {"params": self.get_bare_model(self.net_g)}
+        if hasattr(self, "net_g_ema"):
+            networks["params_ema"] = self.net_g_ema
+        return {
+            key: {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
+            for key, net in networks.items()
+        }
+
+    def _model_path(self, name: int | str) -> str:
+        return os.path.join(self.opt["path"]["models"], f"net_g_{name}.pth")
+
+    def _state_path(self, current_iter: int) -> str:
+        return os.path.join(self.opt["path"]["training_states"], f"{current_iter}.state")
+
+    @staticmethod
+    def _write(content: dict[str, Any], path: str) -> bool:
+        """Write a file so that it is there whole or not at all; False if there was no room."""
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        part = f"{path}.part"
+        try:
+            with open(part, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            folder = os.open(os.path.dirname(path), os.O_RDONLY)
+            os.fsync(folder)  # a power cut must not forget the rename
+            os.close(folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.remove(part)
+            get_root_logger().error(
+                f"Could not save {path}: {error.strerror}. The run goes on; what was saved before "
+                "is kept. Make room: the next save tries again."
+            )
+            return False
+        return True
+
+    def _prune(self) -> None:
+        keep = self.opt["logger"].get("keep_last")
+        for state in newest_states(self.opt["path"]["training_states"])[keep or sys.maxsize :]:
+            iteration = os.path.basename(state).removesuffix(".state")
+            for path in (state, self._model_path(iteration)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+
+    def resume_training(self, resume_state: dict[str, Any]) -> None:
+        """Continue exactly where a state was saved; a state of stock `SRModel` does as well."""
+        super().resume_training(resume_state)
+        for folder in ("models", "training_states"):  # what a kill in the middle of a save left
+            for name in os.listdir(self.opt["path"][folder]):
+                if name.endswith(".part") and self.opt["rank"] == 0:
+                    os.remove(os.path.join(self.opt["path"][folder], name))
+        if self.sampler:
+            self.samples_seen = resume_state.get(
+                "samples_seen", resume_state["iter"] * self.sampler.batch_size
+            )
+            self.sampler.skip = self.samples_seen
+        if "rng" not in resume_state:
+            return
+        if resume_state["scaler"]:
+            self.scaler.load_state_dict(resume_state["scaler"])
+        if resume_state["best_metric_results"] is not None:
+            self.best_metric_results = resume_state["best_metric_results"]
+        if self.opt["rank"] == 0:
+            _set_random_states(resume_state["rng"])
+        now = _plain(self.started_with)
+        for key, before, after in _differences(resume_state["started_with"], now):
+            get_root_logger().warning(f"Resuming with another {key}: {before} -> {after}")
+
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        """Begin a step: set its learning rate, unless the run was asked to stop."""
+        stop = self.stop_signal
+        # To agree is a sync; a GPU makes ten steps before anyone would notice.
+        if self.opt["dist"] and (self.device.type == "cpu" or current_iter % 10 == 0):
+            agreed = torch.tensor(stop, device=self.device)
+            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
+            stop = int(agreed)
+        elif self.opt["dist"]:
+            stop = 0
+        if stop:
+            self._stop(current_iter - 1, stop)
+        super().update_learning_rate(current_iter, warmup_iter)
+
+    @classmethod
+    def ask_to_stop(cls, signum: int, frame: Any) -> None:
+        """Handle a signal: finish the step, save and leave; on a second one leave at once."""
+        if cls.stop_signal:
+            raise KeyboardInterrupt
+        cls.stop_signal = signum
+        name = signal.Signals(signum).name
+        get_root_logger().warning(f"{name}: finishing the step, saving, stopping")
+
+    def _stop(self, done: int, signum: int) -> None:
+        if done > 0:
+            self.save(self.sampler.epoch if self.sampler else 0, done)
+        get_root_logger().info(f"Stopped after iter {done}; --auto_resume goes on from there.")
+        raise SystemExit(128 + signum)
+
+
+def _get(opt: dict[str, Any], key: str) -> Any:
+    """The value of `section:key` in options, or None."""
+    for name in key.split(":"):
+        opt = (opt or {}).get(name)
+    return opt
+
+
+def _plain(value: Any) -> Any:
+    """Nested options or results as plain types, which a state may hold and be loaded safely."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if key not in NOT_COMPARED}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _differences(before: Any, after: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the key (`section:key`) and both values wherever two nested options differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in {**before, **after}:
+            inner = f"{where}:{key}" if where else key
+            yield from _differences(before.get(key), after.get(key), inner)
+    elif before != after:
+        yield where, before, after
+
+
+def _random_states() -> dict[str, Any]:
+    numpy_state = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,183 @@
+"""Time training from one option file with stock BasicSR and with the file's own model type.
+
+Stock is SRModel on PairedImageDataset; everything else is as the file says. Both live in
+processes of their own and take turns, so that a busy machine slows both; the figures are medians
+over the rounds. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import resource
+import signal
+import statistics
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tqdm import tqdm
+
+from mlrn_arch.errors import UserError
+
+STOCK = ["model_type=SRModel", "datasets:train:type=PairedImageDataset"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `mlrn benchmark` on `parser`."""
+    add = parser.add_argument
+    add("-opt", required=True, metavar="FILE", help="option file of a training run")
+    add("--force_yml", nargs="+", default=[], metavar="KEY:KEY=VALUE", help="as for `mlrn train`")
+    add(
+        "--stock_yml",
+        nargs="+",
+        default=[],
+        metavar="KEY:KEY=VALUE",
+        help="the same for stock alone, such as the LMDBs of PNGs that it is used to",
+    )
+    add("--rounds", type=int, default=5, help="turns that each one takes (default: %(default)s)")
+    add("--steps", type=int, default=10, help="training steps a turn (default: %(default)s)")
+    add("--loader", action="store_true", help="time the loaders alone, without training")
+    parser.epilog = """example, the batch that a small CPU can do:
+  mlrn benchmark -opt options/train_MLRN_x4.yml \\
+      --force_yml datasets:train:gt_size=192 datasets:train:batch_size_per_gpu=16"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time both sides and print the table; returns 0.
+
+    Raises:
+        UserError: The option file has faults, or one of the two processes ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    sides: dict[str, Connection] = {}
+    for name, forced in (("stock", [*STOCK, *args.stock_yml]), ("this file", [])):
+        sides[name], other = context.Pipe()
+        arguments = ["-opt", args.opt, "--force_yml", *args.force_yml, *forced]
+        # No daemon: it has loader workers. It ends when this process closes the pipe, or is gone.
+        context.Process(target=_side, args=(other, arguments, args.loader)).start()
+        other.close()
+    about = {name: _receive(side) for name, side in sides.items()}
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for turn in tqdm(range(-1, args.rounds), desc="rounds", disable=None):
+        for name, side in sides.items():
+            side.send(args.steps)
+            result = _receive(side)
+            if turn >= 0:  # the first one warms up
+                turns[name].append(result)
+
+    print(f"{about['stock']['device']}, torch {about['stock']['torch']}: batch of", end=" ")
+    print(f"{about['stock']['batch']}, medians of {args.rounds} rounds of {args.steps} steps")
+    columns = ["samples/s", "steps/s", "ms in data", "ms in step", "peak GB"]
+    print(f"{'':28}" + "".join(f"{column:>12}" for column in columns))
+    for name, results in turns.items():
+        row = [statistics.median(result[column] for result in results) for column in columns]
+        label = f"{name}, {about[name]['what']}"
+        print(f"{label:28}" + "".join(f"{value:12.2f}" for value in row))
+    pairs = zip(turns["this file"], turns["stock"], strict=True)
+    for side in sides.values():
+        side.close()
+    ratios = [fast["samples/s"] / stock["samples/s"] for fast, stock in pairs]
+    print(f"this file / stock: {statistics.median(ratios):.2f}", end=" ")
+    print(f"(single rounds {min(ratios):.2f} to {max(ratios):.2f})")
+    return 0
+
+
+def _receive(side: Connection) -> dict[str, Any]:
+    try:
+        answer = side.recv()
+    except EOFError:
+        raise UserError("one of the two processes ended; what it printed says why") from None
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def _side(connection: Connection, arguments: list[str], loader_only: bool) -> None:
+    """Set up one side as the pipeline does, then train as many steps as is asked for."""
+    import logging
+
+    import torch
+    from basicsr import train as pipeline
+
+    from mlrn_arch import options
+    from mlrn_arch.train import replacements
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's
+    try:
+        opt, _, _ = options.read("train", arguments)
+    except UserError as error:
+        connection.send(error)
+        return
+    logger = logging.getLogger("basicsr")
+    logger.setLevel("ERROR")
+    for name, replacement in replacements(opt).items():
+        setattr(pipeline, name, replacement)
+    torch.backends.cudnn.benchmark = True  # as the pipeline
+    train = opt["datasets"]["train"]
+    opt["datasets"] = {"train": train}
+    loader, sampler, *_ = pipeline.create_train_val_dataloader(opt, logger)
+    model = None if loader_only else pipeline.build_model(opt)
+    if train.get("prefetch_mode") == "cuda":
+        prefetcher = pipeline.CUDAPrefetcher(loader, opt)
+    else:
+        prefetcher = pipeline.CPUPrefetcher(loader)
+    on_gpu = opt["num_gpu"] > 0
+    device = torch.cuda.get_device_name() if on_gpu else _cpu_name()
+    what = train["type"] if loader_only else opt["model_type"]
+    about = {"device": device, "torch": torch.__version__, "batch": loader.batch_size}
+    connection.send({**about, "what": what})
+
+    done = 0
+    while True:
+        try:
+            steps = connection.recv()
+        except EOFError:
+            return
+        if loader_only:  # what the workers made ahead, while the other side had its turn
+            for _ in range(loader.num_workers * (loader.prefetch_factor or 0)):
+                prefetcher.next()
+        in_data, start = 0.0, time.perf_counter()
+        for _ in range(steps):
+            before = time.perf_counter()
+            batch = prefetcher.next()
+            if batch is None:
+                sampler.set_epoch(sampler.epoch + 1)
+                prefetcher.reset()
+                batch = prefetcher.next()
+            in_data += time.perf_counter() - before
+            done += 1
+            if model:
+                model.update_learning_rate(done)
+                model.feed_data(batch)
+                model.optimize_parameters(done)
+        if model:
+            model.get_current_log()  # in training this comes every logger:print_freq steps
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated()
+        else:  # Linux counts in KiB, macOS in bytes
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        result = {
+            "samples/s": steps * loader.batch_size / seconds,
+            "steps/s": steps / seconds,
+            "ms in data": in_data / steps * 1e3,
+            "ms in step": (seconds - in_data) / steps * 1e3,
+            "peak GB": peak / 1e9,
+        }
+        connection.send(result)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({os.cpu_count()} cores)"

@@ -1,0 +1,106 @@
+"""Kill a training run at random moments, again and again: no kill may lose a saved step.
+
+    python tests/kill_and_resume.py --kills 100
+
+The run saves after every step, so that many kills fall into a save. It is always started by the
+same command, `mlrn train --auto_resume`. Each start must continue from the newest state on disk,
+pass over nothing, and in the end the weights must equal those of a run that nobody killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from conftest import REPOSITORY, make_fast, make_paired_data, make_train_options, write_yaml
+
+
+def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> int:
+    """Run the trial below `folder`; returns the steps trained. Raises AssertionError on a loss."""
+    generator = random.Random(seed)
+    options = make_fast(make_train_options(make_paired_data(folder)))
+    del options["val"], options["datasets"]["val"]
+    options["logger"].update(save_checkpoint_freq=1, keep_last=3, use_tb_logger=False)
+    options["train"]["total_iter"] = 1_000_000
+    command = [sys.executable, "-u", "-m", "mlrn_arch.train", "--auto_resume"]
+    command += ["-opt", write_yaml(folder / "kill.yml", options)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+    def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*command, *arguments],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def newest() -> int:
+        states = (folder / "experiments/tiny/training_states").glob("*.state")
+        return max((int(path.stem) for path in states), default=0)
+
+    def resumed_from(output: str) -> int:
+        found = re.search(r"Resuming training from epoch: \d+, iter: (\d+)", output)
+        return int(found[1]) if found else 0
+
+    in_a_save = 0
+    for kill in range(1, kills + 1):
+        saved = newest()
+        process = start(cwd=folder)
+        output = ""
+        for line in process.stdout:
+            output += line
+            if "iter:" in line and "l_pix" in line:
+                break
+        time.sleep(generator.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, output
+        assert resumed_from(output) == saved, f"{saved} was saved, but:\n{output}"
+        assert "Passing over" not in output, output
+        in_a_save += any((folder / "experiments/tiny").rglob("*.part"))
+        print(f"kill {kill}: went on from {saved}, killed with {newest()} saved", flush=True)
+
+    total = newest() + 5
+    last = ["--force_yml", f"train:total_iter={total}"]
+    output, _ = start(*last, cwd=folder).communicate()
+    assert "End of training" in output and "Passing over" not in output, output
+    assert not list((folder / "experiments").glob("*archived*"))
+    (folder / "whole").mkdir()
+    output, _ = start(
+        *last, "logger:save_checkpoint_freq=1000000", cwd=folder / "whole"
+    ).communicate()
+    assert "End of training" in output, output
+    latest = "experiments/tiny/models/net_g_latest.pth"
+    killed, whole = (
+        torch.load(path / latest, weights_only=True) for path in (folder, folder / "whole")
+    )
+    for network in ("params", "params_ema"):
+        for name, tensor in whole[network].items():
+            assert torch.equal(tensor, killed[network][name]), f"{network} {name} differs"
+    print(
+        f"{kills} kills over {total} steps, {in_a_save} of them in the middle of a save: nothing "
+        "saved was lost, and the weights equal those of a run without kills bit by bit"
+    )
+    return total
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        kill_and_resume(Path(work), arguments.kills, arguments.seed)

@@ -1,0 +1,49 @@
+"""Train with stock SRModel and with FastSRModel from the same seeds, and compare what they score.
+
+    mlrn demo && python tests/same_quality.py mlrn_demo
+
+Takes the demo's data and option files, three seeds for each model, and prints the PSNR of the
+photographs that are not trained on. The two models see different random crops, as two seeds do, so
+their means should differ by no more than seeds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from conftest import mlrn
+
+
+def score(folder: Path, model: str, seed: int, forced: list[str]) -> float:
+    """Train and test one network; returns its PSNR in dB."""
+    name = f"{model}_{seed}"
+    force = [f"name={name}", f"model_type={model}", f"manual_seed={seed}", *forced]
+    result = mlrn("train", "-opt", "train_demo.yml", "--force_yml", *force, cwd=folder)
+    checkpoint = f"path:pretrain_network_g=experiments/{name}/models/net_g_latest.pth"
+    force = [f"name={name}", checkpoint]
+    result = mlrn("test", "-opt", "test_demo.yml", "--force_yml", *force, cwd=folder)
+    found = re.search(r"psnr: (\S+)", result.stdout)
+    if not found:
+        sys.exit(result.stdout)
+    return float(found[1])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="what `mlrn demo` wrote")
+    parser.add_argument("--iterations", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--precision", default="fp32", help="of FastSRModel; default: %(default)s")
+    args = parser.parse_args()
+    forced = [f"train:total_iter={args.iterations}", f"train:precision={args.precision}"]
+    forced += [f"train:scheduler:periods=[{args.iterations}]"]
+    for model in ("SRModel", "FastSRModel"):
+        scores = [score(args.folder, model, seed, forced) for seed in range(3)]
+        listed = ", ".join(f"{value:.3f}" for value in scores)
+        mean, spread = statistics.mean(scores), statistics.stdev(scores)
+        print(
+            f"{model:12} {listed}: mean {mean:.3f}, standard deviation {spread:.3f} dB", flush=True
+        )

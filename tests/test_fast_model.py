@@ -1,0 +1,310 @@
+"""`FastSRModel` and its data against stock BasicSR, and what must not be lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from basicsr.data import build_dataset
+from basicsr.models import build_model
+from conftest import REPOSITORY, mlrn, write_yaml
+
+from mlrn_arch import options
+from mlrn_arch.errors import UserError
+
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="checks what holds on the CPU")
+
+
+def losses(output: str) -> dict[int, str]:
+    found = re.findall(r"iter: +([\d,]+).*l_pix: (\S+)", output)
+    return {int(step.replace(",", "")): loss for step, loss in found}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(path, weights_only=True)
+    return {f"{key}.{k}": v for key, net in checkpoint.items() for k, v in net.items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """Build a model from options in this process, its folders made."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(opt: dict):
+        path = write_yaml(tmp_path / "options.yml", opt)
+        opt, _, _ = options.read("train", ["-opt", path])
+        for folder in ("models", "training_states"):
+            os.makedirs(opt["path"][folder], exist_ok=True)
+        return build_model(opt)
+
+    return make
+
+
+def batches(count: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    names = [f"image{i}" for i in range(4)]
+    return [
+        {
+            "lq": torch.rand(4, 3, 16, 16, generator=generator),
+            "gt": torch.rand(4, 3, 32, 32, generator=generator),
+            "lq_path": names,
+            "gt_path": names,
+        }
+        for _ in range(count)
+    ]
+
+
+def train(model, data: list[dict]) -> list[float]:
+    found = []
+    for step, batch in enumerate(data, 1):
+        model.update_learning_rate(step)
+        model.feed_data(batch)
+        model.optimize_parameters(step)
+        found.append(model.get_current_log()["l_pix"])
+    return found
+
+
+def test_fp32_gives_stock_losses_step_by_step(build, fast_options):
+    stock = build({**deepcopy(fast_options), "model_type": "SRModel"})
+    fast = build(fast_options)
+    data = batches(40)
+    expected, found = train(stock, data), train(fast, data)
+    assert found == pytest.approx(expected, rel=1e-4)
+    for name, tensor in stock.net_g_ema.state_dict().items():
+        torch.testing.assert_close(fast.net_g_ema.state_dict()[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_stays_near_fp32(build, fast_options, precision):
+    fast_options["train"]["grad_clip"] = 1.0
+    data = batches(4) * 8
+    expected = train(build(deepcopy(fast_options)), data)
+    fast_options["train"]["precision"] = precision
+    fast_options["val"]["precision"] = precision
+    model = build(fast_options)
+    found = train(model, data)
+    assert found[-1] < found[0]
+    assert found == pytest.approx(expected, rel=0.05)
+    model.current_iter = 1
+    model.test()
+    assert model.output.dtype == torch.float32
+
+
+@pytest.mark.parametrize("encoding", ["png", "bmp"])
+def test_fast_dataset_gives_stock_samples(tmp_path, train_options, encoding):
+    """From PNG and BMP values, of a width whose BMP rows need padding."""
+    from basicsr.utils.lmdb_util import LmdbMaker
+
+    generator = np.random.default_rng(0)
+    for name, side in (("gt", 50), ("lq", 25)):
+        maker = LmdbMaker(str(tmp_path / f"{name}.lmdb"), map_size=2**24)
+        for key in "ab":
+            image = generator.integers(0, 256, (side // 25 * 26, side, 3), dtype=np.uint8)
+            maker.put(cv2.imencode(f".{encoding}", image)[1].tobytes(), key, image.shape)
+        maker.close()
+    opt = train_options["datasets"]["train"] | {"phase": "train", "scale": 2}
+    opt |= {f"dataroot_{name}": str(tmp_path / f"{name}.lmdb") for name in ("gt", "lq")}
+    stock, fast = (
+        build_dataset({**opt, "type": kind})
+        for kind in ("PairedImageDataset", "FastPairedImageDataset")
+    )
+    for seed in range(20):
+        random.seed(seed)
+        expected = stock[seed % 2]
+        fast.file_client = stock.file_client  # LMDB opens a file once a process
+        random.seed(seed)
+        found = fast[seed % 2]
+        for name in ("lq", "gt"):
+            assert found[name].dtype == torch.uint8
+            assert torch.equal(found[name].float() / 255, expected[name])
+        assert found["lq_path"] == expected["lq_path"]
+
+
+@ON_CPU
+def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options):
+    path = write_yaml(tmp_path / "tiny.yml", fast_options)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = mlrn("train", "-opt", path, cwd=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stdout
+
+    command = [sys.executable, "-u", "-m", "mlrn_arch.train", "-opt", path, "--auto_resume"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path / "parts",
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    first = ""
+    for line in process.stdout:
+        first += line
+        if "iter:      13," in line:
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM, first
+    stopped = int(re.search(r"Stopped after iter (\d+)", first)[1])
+    assert 13 <= stopped < 40
+
+    second = mlrn("train", "-opt", path, "--auto_resume", cwd=tmp_path / "parts")
+    assert second.returncode == 0, second.stdout
+    assert f"iter: {stopped}." in second.stdout
+    assert {**losses(first), **losses(second.stdout)} == losses(whole.stdout)
+    latest = "experiments/tiny/models/net_g_latest.pth"
+    assert equal(weights(tmp_path / "whole" / latest), weights(tmp_path / "parts" / latest))
+    metric = r"psnr: (\S+)\tBest: (\S+) @ (\d+)"
+    assert re.findall(metric, second.stdout)[-1] == re.findall(metric, whole.stdout)[-1]
+
+
+@ON_CPU
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, fast_options):
+    fast_options["train"]["total_iter"] = 12
+    fast_options["datasets"]["train"]["dataset_enlarge_ratio"] = 4  # several epochs
+    path = write_yaml(tmp_path / "tiny.yml", fast_options)
+    force = ["--force_yml", "name=one", "datasets:train:batch_size_per_gpu=8"]
+    one = mlrn("train", "-opt", path, *force, cwd=tmp_path)
+    assert one.returncode == 0, one.stdout
+    two = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + ["-m", "mlrn_arch.train", "-opt", path, "--launcher", "pytorch"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert two.returncode == 0, two.stdout
+    expected = {step: float(loss) for step, loss in losses(one.stdout).items()}
+    found = {step: float(loss) for step, loss in losses(two.stdout).items()}
+    assert found == pytest.approx(expected, rel=1e-3) and len(found) == 12
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(build, fast_options):
+    model = build(fast_options)
+    good, bad = batches(2)
+    train(model, [good])
+    before = {k: v.clone() for k, v in model.net_g.state_dict().items()}
+    bad["gt"][2, 0, 0, 0] = float("nan")
+    model.feed_data({**bad, "lq_path": ["a", "b", "c", "d"]})
+    with pytest.raises(UserError, match="not finite at iter 2.*The batch: a, b, c, d"):
+        model.optimize_parameters(2)
+        model.save(0, 2)  # where the check waits for the next fetch, a save is one
+    assert equal(before, model.net_g.state_dict())
+    assert not os.listdir(model.opt["path"]["models"])
+
+
+def test_keep_last_and_save_best(tmp_path, fast_options):
+    fast_options["logger"]["keep_last"] = 2
+    fast_options["val"].update(save_best="psnr", val_freq=10)
+    fast_options["train"]["optim_g"]["lr"] = 0.05  # so that the last is not the best
+    path = write_yaml(tmp_path / "tiny.yml", fast_options)
+    result = mlrn("train", "-opt", path, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    experiment = tmp_path / "experiments/tiny"
+    names = {path.name for path in (experiment / "models").iterdir()}
+    kept = {"net_g_30.pth", "net_g_40.pth", "net_g_latest.pth", "net_g_best.pth"}
+    assert names == kept
+    states = {path.name for path in (experiment / "training_states").iterdir()}
+    assert states == {"30.state", "40.state"}
+
+
+def test_a_full_disk_does_not_end_the_run(build, fast_options, monkeypatch, caplog):
+    model = build(fast_options)
+    train(model, batches(1))
+    model.save(0, 1)
+    folder = Path(model.opt["path"]["models"])
+    saved = weights(folder / "net_g_1.pth")
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        model.save(0, 1)
+        model.save(0, 2)
+    assert [path.name for path in folder.iterdir()] == ["net_g_1.pth"]
+    assert equal(saved, weights(folder / "net_g_1.pth"))
+    assert os.listdir(model.opt["path"]["training_states"]) == ["1.state"]
+    model.save(0, 2)
+    assert (folder / "net_g_2.pth").exists()
+
+
+def test_a_broken_training_image_is_named(tmp_path, fast_options, paired_data):
+    import shutil
+
+    import lmdb
+
+    shutil.copytree(paired_data / "gt.lmdb", tmp_path / "gt.lmdb")
+    with lmdb.open(str(tmp_path / "gt.lmdb")) as env, env.begin(write=True) as transaction:
+        transaction.put(b"image3", b"no image")
+    fast_options["datasets"]["train"]["dataroot_gt"] = str(tmp_path / "gt.lmdb")
+    result = mlrn("train", "-opt", write_yaml(tmp_path / "tiny.yml", fast_options), cwd=tmp_path)
+    assert result.returncode == 2
+    assert re.search(r"mlrn train: training image \{.*'image3'.*\} of .*gt.lmdb", result.stdout)
+    assert "Traceback" not in result.stdout
+
+
+def test_resuming_with_other_options_says_what_differs(tmp_path, fast_options):
+    path = write_yaml(tmp_path / "tiny.yml", fast_options)
+    short = ["--force_yml", "train:total_iter=10"]
+    assert mlrn("train", "-opt", path, *short, cwd=tmp_path).returncode == 0
+    changed = [
+        "--auto_resume",
+        "--force_yml",
+        "train:total_iter=12",
+        "train:pixel_opt:type=MSELoss",
+    ]
+    result = mlrn("train", "-opt", path, *changed, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert "Resuming with another train:total_iter: 10 -> 12" in result.stdout
+    assert "Resuming with another train:pixel_opt:type: L1Loss -> MSELoss" in result.stdout
+    assert sorted(losses(result.stdout)) == [11, 12]
+
+
+@ON_CPU
+def test_a_dead_process_ends_the_run_with_a_message(tmp_path, fast_options):
+    fast_options["train"]["total_iter"] = 100_000
+    path = write_yaml(tmp_path / "tiny.yml", fast_options)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + ["-m", "mlrn_arch.train", "-opt", path, "--launcher", "pytorch"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output = ""
+    for line in process.stdout:
+        output += line
+        if "iter:      15," in line:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            deadline = time.monotonic() + 120
+        assert "iter:      15," not in output or time.monotonic() < deadline
+    assert process.wait() != 0
+    assert "another process of this run died" in output or "Stopped after iter" in output, output
+
+
+@ON_CPU
+def test_kills_at_random_moments_lose_nothing(tmp_path):
+    from kill_and_resume import kill_and_resume
+
+    kill_and_resume(tmp_path, kills=4)
