@@ -19,7 +19,7 @@ import pytest
 import torch
 from basicsr.data import build_dataset
 from basicsr.models import build_model
-from conftest import REPOSITORY, mlrn, write_yaml
+from conftest import REPOSITORY, make_fast, mlrn, write_yaml
 
 from mlrn_arch import options
 from mlrn_arch.errors import UserError
@@ -80,9 +80,9 @@ def train(model, data: list[dict]) -> list[float]:
     return found
 
 
-def test_fp32_gives_stock_losses_step_by_step(build, fast_options):
-    stock = build({**deepcopy(fast_options), "model_type": "SRModel"})
-    fast = build(fast_options)
+def test_fp32_gives_stock_losses_step_by_step(build, train_options):
+    stock = build(train_options)
+    fast = build(make_fast(train_options))
     data = batches(40)
     expected, found = train(stock, data), train(fast, data)
     assert found == pytest.approx(expected, rel=1e-4)
