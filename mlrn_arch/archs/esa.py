@@ -42,6 +42,10 @@ class ESA(nn.Module):
             coarse = F.pad(coarse, padding, mode="replicate")
         coarse = F.max_pool2d(self.conv2(coarse), kernel_size=7, stride=3)
         coarse = F.interpolate(
-            self.conv3(coarse), size=(h, w), mode="bilinear", align_corners=False
+            self.refine(coarse), size=(h, w), mode="bilinear", align_corners=False
         )
         return x * torch.sigmoid(self.conv4(coarse + self.conv_f(c1)))
+
+    def refine(self, coarse: torch.Tensor) -> torch.Tensor:
+        """Map pooled features, (n, esa_feat, h, w), to the same shape; RFDN has more here."""
+        return self.conv3(coarse)
