@@ -175,8 +175,8 @@ def test_bicubic_keeps_its_precision_under_autocast():
 def test_bicubic_scores_what_table_1_says(name, table):
     """The row's protocol: Y in 8 bits, shrunk without rounding, enlarged, rounded to 8 bits.
 
-    A grey file (two of Set14) is its own Y; BasicSR, which makes colour of it first, scores
-    0.09 dB more on Set14.
+    The grey file of Set14 is its own Y; BasicSR, which makes colour of it first, scores 0.09 dB
+    more on that set.
     """
     from basicsr.utils import bgr2ycbcr
     from basicsr.utils.matlab_functions import imresize
