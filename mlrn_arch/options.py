@@ -352,7 +352,7 @@ def check(opt: Options) -> Iterator[str]:
             yield "val:val_freq: is missing (iterations between validations)"
         for name, metric in (val.get("metrics") or {}).items():
             known = {"img": None, "img2": None, "better": None}
-            yield from _check_call(f"val:metrics:{name}", METRIC_REGISTRY, metric, known)
+            yield from check_call(f"val:metrics:{name}", METRIC_REGISTRY, metric, known)
     if opt["is_train"]:
         yield from _check_train(opt["train"])
         if (
@@ -382,7 +382,7 @@ def _check_train(train: Options) -> Iterator[str]:
     if not losses:
         yield "train: has no loss; give it one, such as pixel_opt: {type: L1Loss}"
     for key, loss in losses.items():
-        yield from _check_call(f"train:{key}", LOSS_REGISTRY, loss)
+        yield from check_call(f"train:{key}", LOSS_REGISTRY, loss)
 
 
 def _unknown(name: Any, known: Any) -> str:
@@ -407,7 +407,7 @@ def _numbers_as_text(opt: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {opt} is text to YAML; write {float(opt)!r} or !!float {opt}"
 
 
-def _check_call(
+def check_call(
     where: str, registry: Registry, opt: Any, others: Options | None = None
 ) -> Iterator[str]:
     """Check `type` against a registry and the other keys against what that type takes."""
@@ -431,7 +431,7 @@ def _check_call(
 
 
 def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[str]:
-    faults = list(_check_call(key, ARCH_REGISTRY, opt[key]))
+    faults = list(check_call(key, ARCH_REGISTRY, opt[key]))
     if faults:
         yield from faults
         return

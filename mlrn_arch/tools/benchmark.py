@@ -126,7 +126,7 @@ def _side(connection: Connection, arguments: list[str], loader_only: bool) -> No
     else:
         prefetcher = pipeline.CPUPrefetcher(loader)
     on_gpu = opt["num_gpu"] > 0
-    device = torch.cuda.get_device_name() if on_gpu else _cpu_name()
+    device = torch.cuda.get_device_name() if on_gpu else cpu_name()
     what = train["type"] if loader_only else opt["model_type"]
     about = {"device": device, "torch": torch.__version__, "batch": loader.batch_size}
     connection.send({**about, "what": what})
@@ -174,7 +174,8 @@ def _side(connection: Connection, arguments: list[str], loader_only: bool) -> No
         connection.send(result)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Name of this machine's processor and its number of cores."""
     try:
         with open("/proc/cpuinfo") as lines:
             name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
