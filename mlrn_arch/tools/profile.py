@@ -12,10 +12,11 @@ FLOPs        as the NTIRE challenge counts: mult-adds, plus 1 for every output e
              two dimensions, this one does not
 acts         output elements of all convolutions
 conv         calls of a convolution
-peak MiB     CUDA: the most memory that torch held for this network in one forward pass. CPU: the
-             most bytes of tensors alive at once, weights and input included, by following the
-             pass on the meta device; what a kernel allocates inside is not in it
-ms           median over the rounds, with the fastest and the slowest; the networks take turns
+peak MiB     weights, input and the most that one forward pass holds beside them. CUDA: as torch's
+             allocator measures it. CPU, and with --no-runtime: the tensors alive at once, by
+             following the pass on the meta device; what a kernel needs inside is not in it
+ms           one forward pass, eager, batch 1: median over the rounds, with the fastest and the
+             slowest; the networks take turns
 ratio        to the first network: median of the ratios within a round
 """
 
@@ -361,15 +362,18 @@ def _measure(
     with torch.inference_mode():
         for subject in subjects:
             try:
-                before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
                 network = subject.network.to(device, dtype)
                 x = torch.rand(subject.shape, device=device, dtype=dtype)
                 _seconds(network, x, 2)  # cuDNN chooses its algorithms, caches fill
                 if device.type == "cuda":
+                    # The others' weights and cuBLAS's workspaces are there already, and stay.
+                    before = torch.cuda.memory_allocated()
                     torch.cuda.reset_peak_memory_stats()
                 calls = max(1, min(1000, int(TURN_SECONDS / _seconds(network, x, 1))))
                 if device.type == "cuda":
-                    subject.row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+                    own = [*network.parameters(), *network.buffers(), x]
+                    peak = torch.cuda.max_memory_allocated() - before
+                    subject.row["peak_bytes"] = peak + sum(tensor.nbytes for tensor in own)
                 ready.append((subject, network, x, calls, []))
             except Exception as error:  # out of memory, or no kernel for this precision
                 subject.network.to("cpu")
