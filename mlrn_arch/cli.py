@@ -15,6 +15,7 @@ PIPELINES = {
 }
 TOOLS = {
     "prepare": "turn a folder of photographs into training data or a benchmark set",
+    "compare": "score networks on test sets: the paper's Table 1 and Figure 3",
     "benchmark": "time training with stock BasicSR and with an option file's own model type",
     "profile": "compare networks: parameters, operations, activations, memory and runtime",
     "demo": "prepare, train and test a small MLRN on photographs at hand, and draw the result",
