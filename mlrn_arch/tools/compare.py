@@ -39,6 +39,7 @@ FORMATS = {
     "SSIM": (1, ".4f", ""),
 }
 HEADS = {"parameters": "#Params", "mult_adds": "#Mult-Adds", "time_ms": "Time (ms)"}
+OUTPUT = 1280, 720  # at which mult-adds are counted and time is measured
 METRICS = {"PSNR": "calculate_psnr", "SSIM": "calculate_ssim"}
 
 Values = dict[str, "float | None"]
@@ -233,8 +234,12 @@ class _Watched:
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
         for paths in self.dataset.paths:
-            self.image = Path(paths["lq_path"]).name
-            yield next(batches)
+            self.image = Path(paths["lq_path"] if isinstance(paths, dict) else paths).name
+            try:
+                batch = next(batches)
+            except Exception as error:  # a broken file can fail in any way
+                raise UserError(f"it or its partner cannot be read ({_line(error)})") from None
+            yield batch
             self.bar.update()
             self.left -= 1
 
@@ -244,7 +249,11 @@ def _table(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> bo
     from basicsr.data import build_dataloader, build_dataset
     from basicsr.models import build_model
 
+    names = dict.fromkeys(name for row in rows for name in row.sets)
+    if args.set not in (None, *names):
+        raise UserError(f"--set {args.set}: no such test set; known are {', '.join(names)}")
     machine = _machine(rows[0].opt["num_gpu"] > 0)
+    contents: dict[tuple[int, str], str] = {}
     stamps: dict[tuple, str] = {}
     work: list[tuple[Row, str, Path, Any]] = []  # a loader, or None to measure time
     for row in rows:
@@ -260,6 +269,8 @@ def _table(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> bo
                 "dataset": {k: v for k, v in opt.items() if not k.startswith("dataroot")},
                 "images": _stamp(opt, stamps),
             }
+            if contents.setdefault((opt["scale"], name), scores["images"]) != scores["images"]:
+                problems.append(f"{row.argument}: its {name} has other images than the rows above")
             loader = build_dataloader(build_dataset(opt), opt)
             work.append((row, name, _cell(args.output / "cells", scores), loader))
 
@@ -307,12 +318,13 @@ def _score(model: Any, opt: options.Options, loader: _Watched) -> Values:
 
 
 def _measure(model: Any, row: Row) -> Values:
-    """Multiply-adds and median time of one image of 1280x720 (x3: 1281x720) at the output."""
+    """Multiply-adds and median time of one output of 1280x720 (x3: 1281x720)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     scale = row.opt["scale"]
     channels = 1 if any(opt.get("color") == "y" for opt in row.sets.values()) else 3
-    lq = torch.rand(1, channels, 720 // scale, math.ceil(1280 / scale))
+    width, height = (math.ceil(side / scale) for side in OUTPUT)
+    lq = torch.rand(1, channels, height, width)
     model.feed_data({"lq": lq, "lq_path": [""]})
     with FlopCounterMode(display=False) as counter:  # the first run warms up as well
         model.test()
@@ -325,7 +337,7 @@ def _measure(model: Any, row: Row) -> Values:
         seconds.append(time.perf_counter() - start)
     del model.lq, model.output
     # What learns nothing (bicubic) has no counts, as in the paper.
-    mult_adds = counter.get_total_flops() / 2 if row.parameters else None
+    mult_adds = counter.get_total_flops() // 2 if row.parameters else None
     return {"mult_adds": mult_adds, "time_ms": statistics.median(seconds) * 1e3}
 
 
@@ -360,7 +372,8 @@ def _number(text: str) -> float:
 
 def _text(column: str, value: float, sign: str = "") -> str:
     unit, form, suffix = FORMATS[column.split(" ")[-1]]
-    return f"{value / unit:{sign}{form}}{suffix}"
+    number = round(value / unit, int(form[1])) + 0.0  # no -0
+    return f"{number:{sign}{form}}{suffix}"
 
 
 def _cell_text(rows: list[Row], row: Row, column: str, printed: dict[str, str]) -> str:
@@ -441,10 +454,7 @@ def _write(rows: list[Row], args: argparse.Namespace, machine: str) -> None:
         for record in records:
             writer.writerow(f"{v:.4f}" if isinstance(v, float) else v for v in record.values())
 
-    metric = next((c for c in columns if c.endswith(" PSNR") and args.set in (None, c[:-5])), None)
-    if metric is None:
-        names = ", ".join(c[:-5] for c in columns if c.endswith(" PSNR"))
-        raise UserError(f"--set {args.set}: no such test set; known are {names}")
+    metric = f"{args.set or columns[len(HEADS)][: -len(' PSNR')]} PSNR"
     points = [(row.label, row.opt["scale"], row.values) for row in rows]
     print("Picture:", *figures.draw_tradeoffs(points, metric, machine, args.output))
 

@@ -29,6 +29,8 @@ def draw_tradeoffs(
     """
     plt = _pyplot()
     scales = sorted({scale for _, scale, _ in points})
+    names = dict.fromkeys(name for name, _, _ in points)
+    colors = {name: f"C{index % 10}" for index, name in enumerate(names)}
     figure, axes = plt.subplots(
         len(scales), 3, figsize=(13, 3.9 * len(scales)), squeeze=False, layout="constrained"
     )
@@ -40,9 +42,9 @@ def draw_tradeoffs(
             xs = [x for _, x, _ in placed]
             if xs and max(xs) > 8 * min(xs):
                 axis.set_xscale("log")
-            for index, (name, x, y) in enumerate(placed):
+            for name, x, y in placed:
                 own = name.startswith("MLRN")
-                axis.plot(x, y, "*" if own else "o", ms=13 if own else 7, color=f"C{index % 10}")
+                axis.plot(x, y, "*" if own else "o", ms=13 if own else 7, color=colors[name])
             for _, y in flat:
                 axis.axhline(y, color="grey", linestyle="--", linewidth=1)
             axis.margins(0.2)
@@ -55,7 +57,8 @@ def draw_tradeoffs(
     for line, scale in zip(axes, scales, strict=True):
         here = [(n, v) for n, s, v in points if s == scale and v.get(metric) is not None]
         for axis, (key, (_, unit)) in zip(line, AXES.items(), strict=True):
-            _label(axis, [(n, v[key] / unit if v.get(key) else None, v[metric]) for n, v in here])
+            places = [(n, v[key] / unit if v.get(key) else None, v[metric]) for n, v in here]
+            _label(axis, places, colors)
     paths = [folder / "tradeoffs.png", folder / "tradeoffs.svg"]
     for path in paths:
         figure.savefig(path, dpi=150)
@@ -63,8 +66,9 @@ def draw_tradeoffs(
     return paths
 
 
-def _label(axis: Any, points: list[tuple[str, float | None, float]]) -> None:
+def _label(axis: Any, points: list[tuple[str, float | None, float]], colors: dict) -> None:
     """Write each name at the nearest place where it covers no point and no other name."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     renderer = axis.figure.canvas.get_renderer()
@@ -87,13 +91,15 @@ def _label(axis: Any, points: list[tuple[str, float | None, float]]) -> None:
                 xytext=(right * distance, up * distance * (0.5 if x is None else 1)),
                 textcoords="offset points",
                 fontsize=9,
+                color="grey" if x is None else colors[name],
                 ha=("right", "center", "left")[right + 1],
                 va="center",
-                arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.6}
-                if distance > 18
+                arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.6, "shrinkB": 0}
+                if distance > 9
                 else None,
             )
-            box = text.get_window_extent(renderer)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # without its line
             inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1
             inside &= axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
             if inside and not any(box.overlaps(other) for other in taken):

@@ -1,0 +1,185 @@
+"""`mlrn compare`: the numbers of `mlrn test`, kept results, marks, pictures, bad input."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from basicsr.archs import build_network
+from conftest import mlrn, write_yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlrn_arch.archs.mlrn_arch import MLRN
+from mlrn_arch.errors import UserError
+from mlrn_arch.tools import compare, figures
+
+TINY = {"upscale": 2, "num_feat": 8, "num_block": 1, "esa_feat": 4}
+
+
+def run(*arguments: str) -> int:
+    """Run the verb in this process."""
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    return compare.run(parser.parse_args(arguments))
+
+
+def table() -> list[dict]:
+    return json.loads(Path("comparison/table.json").read_text())["rows"]
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch, test_options) -> Path:
+    """A folder with option files and checkpoints: MLRN by FastSRModel, RLFN of the Y channel."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "OUTPUT", (128, 72))  # the full size takes seconds
+    metrics = test_options["val"]["metrics"]
+    metrics["ssim"] = {**metrics["psnr"], "type": "calculate_ssim"}
+    dataset = test_options["datasets"]["test_1"]
+    missing = {
+        **dataset,
+        "name": "nowhere",
+        "dataroot_gt": "nowhere/gt",
+        "dataroot_lq": "nowhere/lq",
+    }
+    for seed, (name, model, network, color) in enumerate([
+        ("MLRN", "FastSRModel", {"type": "MLRN", **TINY}, None),
+        ("RLFN", "SRModel", {"type": "RLFN", **TINY, "num_in_ch": 1, "num_out_ch": 1}, "y"),
+    ]):  # fmt: skip
+        torch.manual_seed(seed)
+        torch.save({"params": build_network(network).state_dict()}, f"{name}.pth")
+        own = {
+            "name": f"test_{name}_x2",
+            "model_type": model,
+            "network_g": network,
+            "datasets": {"test_1": {**dataset, "color": color}, "test_2": missing},
+        }
+        write_yaml(tmp_path / f"{name}.yml", {**test_options, **own})
+    return tmp_path
+
+
+def test_numbers_are_those_of_mlrn_test(networks, capsys, monkeypatch):
+    files = ["RLFN.yml:RLFN.pth", "MLRN.yml:MLRN.pth"]
+    assert run(*files, "--paper") == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("Skipping nowhere") == 2
+    for row in csv.DictReader(Path("comparison/table.csv").read_text().splitlines()):
+        name = row["method"]
+        forced = ["--force_yml", f"path:pretrain_network_g={name}.pth"]
+        result = mlrn("test", "-opt", f"{name}.yml", *forced, cwd=networks)
+        for metric in ("psnr", "ssim"):
+            score = re.search(rf"# {metric}: ([\d.]+)", result.stdout)[1]
+            assert row[f"tiny_val {metric.upper()}"] == score, result.stdout
+    rlfn, mlrn_row = table()
+    assert (rlfn["method"], mlrn_row["method"]) == ("RLFN", "MLRN")
+    assert mlrn_row["parameters"] == sum(p.numel() for p in MLRN(**TINY).parameters())
+    with FlopCounterMode(display=False) as counter:
+        MLRN(**TINY).to("meta")(torch.empty(1, 3, 36, 64, device="meta"))
+    assert mlrn_row["mult_adds"] == counter.get_total_flops() / 2
+    assert 0 < mlrn_row["time_ms"]
+    # The paper's x2 rows: 488K and 90.4G; it has no such test set.
+    assert mlrn_row["parameters (paper)"] == 488e3 and mlrn_row["time_ms (paper)"] == 130
+    assert "(488K, -48" in printed.out and "(90.4G, -90.3" in printed.out
+    lines = printed.out.splitlines()
+    better = max((rlfn, mlrn_row), key=lambda row: row["tiny_val PSNR"])
+    for row in (rlfn, mlrn_row):
+        line = next(line for line in lines if line.startswith(f"| {row['method']}"))
+        text = f"{row['tiny_val PSNR']:.2f}"
+        assert (f"**{text}**" if row is better else f"<u>{text}</u>") in line
+    for name in ("tradeoffs.png", "tradeoffs.svg", "table.md"):
+        assert Path("comparison", name).stat().st_size > 100
+
+    # Everything is known: no network runs. A changed checkpoint runs, the other row does not.
+    runs = []
+    forward = MLRN.forward
+    monkeypatch.setattr(MLRN, "forward", lambda self, x: runs.append(1) or forward(self, x))
+    before = table()
+    assert run(*files, "--paper") == 0 and not runs and table() == before
+    torch.manual_seed(9)
+    torch.save(MLRN(**TINY).state_dict(), "MLRN.pth")
+    assert run(*files) == 0 and len(runs) == 8  # the images; time does not hang on the weights
+    assert table()[1]["tiny_val PSNR"] != before[1]["tiny_val PSNR"]
+    assert table()[0]["tiny_val PSNR"] == before[0]["tiny_val PSNR"]
+
+
+def test_two_checkpoints_of_one_network_are_told_apart(networks):
+    shutil.copy("MLRN.pth", "again.pth")
+    assert run("MLRN.yml:MLRN.pth", "MLRN.yml:again.pth") == 0
+    assert [row["method"] for row in table()] == ["MLRN (MLRN)", "MLRN (again)"]
+    assert Path("comparison/table.md").read_text().count("**") == 2  # equal: none is marked
+
+
+def test_bad_input_leaves_the_rest(networks, capsys, paired_data):
+    with pytest.raises(UserError, match="not a checkpoint of this MLRN"):
+        run("MLRN.yml:RLFN.pth")
+    with pytest.raises(UserError, match="names no checkpoint"):
+        run("MLRN.yml")
+    with pytest.raises(UserError, match="cannot read the option file nothing.yml"):
+        run("nothing.yml")
+    with pytest.raises(UserError, match="known are tiny_val"):
+        run("MLRN.yml:MLRN.pth", "--set", "Set5")
+    assert not Path("comparison").exists()
+
+    # One image too small for its partner, one unreadable, one without a partner.
+    for name, file in (("small", "gt"), ("torn", "gt"), ("alone", "lq")):
+        shutil.copytree(paired_data / "gt", f"{name}/gt")
+        shutil.copytree(paired_data / "lq", f"{name}/lq")
+        path = f"{name}/{file}/image3.png"
+        if name == "small":
+            cv2.imwrite(path, cv2.imread(path)[:50])
+        elif name == "torn":
+            Path(path).write_bytes(b"no image")
+        else:
+            Path(path).unlink()
+    sets = [
+        f"datasets:test_{index}={{name: {name}, type: PairedImageDataset, dataroot_gt: {name}/gt, "
+        f"dataroot_lq: {name}/lq, io_backend: {{type: disk}}}}"
+        for index, name in enumerate(("small", "torn", "alone"), 3)
+    ]
+    files = ["MLRN.yml:RLFN.pth", "MLRN.yml:MLRN.pth"]
+    capsys.readouterr()
+    assert run(*files, "--force_yml", *sets) == 1
+    told = capsys.readouterr().err
+    assert "small, image3.png: Image shapes are different" in told
+    assert "torn, image3.png: it or its partner cannot be read" in told
+    assert "datasets:test_5: lq and gt are no pairs" in told
+    assert "not a checkpoint of this MLRN" in told and "Traceback" not in told
+    (row,) = table()
+    assert row["tiny_val PSNR"] > 0 and row["small PSNR"] is None and row["torn PSNR"] is None
+
+
+def test_visual(networks, capsys, paired_data):
+    files = ["RLFN.yml:RLFN.pth", "MLRN.yml:MLRN.pth"]
+    image = ["--visual", "tiny_val/image3", "--crop"]
+    assert run(*image, "8", "16", "24", "16", *files) == 0
+    (picture,) = Path("comparison").iterdir()
+    assert picture.name == "visual_image3_tiny_val_x2_8_16_24_16.png"
+    drawn = cv2.imread(str(picture))
+    assert drawn.shape[1] > 1000 and drawn.std() > 10
+    assert re.search(r"MLRN +\d+\.\d\d / 0\.\d{4}", capsys.readouterr().out)
+    assert run(*image, "8", "16", "24", "16", "MLRN.yml:RLFN.pth", *files) == 1
+    with pytest.raises(UserError, match="reaches out of the image, which is 64x64"):
+        run(*image, "50", "0", "24", "16", *files)
+    with pytest.raises(UserError, match="no such image in tiny_val"):
+        run("--visual", "image9", "--crop", "0", "0", "8", "8", *files)
+    with pytest.raises(UserError, match="belong together"):
+        run("--visual", "image3", *files)
+
+
+def test_table_1_and_its_picture(tmp_path):
+    printed = compare.paper()
+    assert len(printed) == 28
+    assert printed["MLRN", 4]["Set5 PSNR"] == "32.30" and printed["MLRN", 2]["mult_adds"] == "90.4G"
+    assert compare._number(printed["CARN", 3]["parameters"]) == 1592e3
+    points = [
+        (name, scale, {column: compare._number(text) for column, text in row.items()})
+        for (name, scale), row in printed.items()
+    ]
+    png, svg = figures.draw_tradeoffs(points, "Set5 PSNR", "a machine", tmp_path)
+    assert cv2.imread(str(png)).std() > 10 and svg.stat().st_size > 10000
