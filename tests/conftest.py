@@ -32,6 +32,26 @@ def mlrn(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
+def start_training(path: str, cwd: Path, *, processes: int = 1) -> subprocess.Popen:
+    """Start `mlrn train --auto_resume` in the background, several processes through torchrun."""
+    command = [sys.executable, "-u", "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        environment["OMP_NUM_THREADS"] = "1"
+    command += ["mlrn_arch.train", "-opt", path, "--auto_resume"]
+    if processes > 1:
+        command += ["--launcher", "pytorch"]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 @pytest.fixture(scope="session")
 def paired_data(tmp_path_factory) -> Path:
     """Eight 64x64 images and their halves, as folders and as LMDBs made by BasicSR's own tool."""

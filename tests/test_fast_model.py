@@ -7,8 +7,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -19,7 +17,7 @@ import pytest
 import torch
 from basicsr.data import build_dataset
 from basicsr.models import build_model
-from conftest import REPOSITORY, make_fast, mlrn, write_yaml
+from conftest import make_fast, mlrn, start_training, write_yaml
 
 from mlrn_arch import options
 from mlrn_arch.errors import UserError
@@ -144,15 +142,7 @@ def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options):
     whole = mlrn("train", "-opt", path, cwd=tmp_path / "whole")
     assert whole.returncode == 0, whole.stdout
 
-    command = [sys.executable, "-u", "-m", "mlrn_arch.train", "-opt", path, "--auto_resume"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path / "parts",
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start_training(path, tmp_path / "parts")
     first = ""
     for line in process.stdout:
         first += line
@@ -180,19 +170,11 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, fast_options)
     force = ["--force_yml", "name=one", "datasets:train:batch_size_per_gpu=8"]
     one = mlrn("train", "-opt", path, *force, cwd=tmp_path)
     assert one.returncode == 0, one.stdout
-    two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + ["-m", "mlrn_arch.train", "-opt", path, "--launcher", "pytorch"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert two.returncode == 0, two.stdout
+    process = start_training(path, tmp_path, processes=2)
+    two, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, two
     expected = {step: float(loss) for step, loss in losses(one.stdout).items()}
-    found = {step: float(loss) for step, loss in losses(two.stdout).items()}
+    found = {step: float(loss) for step, loss in losses(two).items()}
     assert found == pytest.approx(expected, rel=1e-3) and len(found) == 12
 
 
@@ -282,15 +264,7 @@ def test_resuming_with_other_options_says_what_differs(tmp_path, fast_options):
 def test_a_dead_process_ends_the_run_with_a_message(tmp_path, fast_options):
     fast_options["train"]["total_iter"] = 100_000
     path = write_yaml(tmp_path / "tiny.yml", fast_options)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + ["-m", "mlrn_arch.train", "-opt", path, "--launcher", "pytorch"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start_training(path, tmp_path, processes=2)
     output = ""
     for line in process.stdout:
         output += line

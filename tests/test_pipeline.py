@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, mlrn, write_yaml
+from conftest import mlrn, start_training, write_yaml
 
 
 def losses(output: str) -> dict[int, float]:
@@ -85,17 +82,9 @@ def test_two_processes_on_a_cpu(tmp_path: Path, train_options):
     train_options["train"]["total_iter"] = 4
     train_options["val"]["val_freq"] = 4
     path = write_yaml(tmp_path / "tiny.yml", train_options)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + ["-m", "mlrn_arch.train", "-opt", path, "--launcher", "pytorch"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout
-    assert "World size (gpu number): 2" in result.stdout
-    assert sorted(losses(result.stdout)) == [1, 2, 3, 4]
+    process = start_training(path, tmp_path, processes=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "World size (gpu number): 2" in output
+    assert sorted(losses(output)) == [1, 2, 3, 4]
     assert (tmp_path / "experiments/tiny/models/net_g_latest.pth").exists()

@@ -7,6 +7,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 from torch.nn import functional as F
 
+from .checks import check_img_range, check_sizes
 from .esa import ESA
 
 
@@ -119,19 +120,15 @@ class MLRN(nn.Module):
         bilinear: bool = True,
     ) -> None:
         super().__init__()
-        sizes = {
-            "num_in_ch": num_in_ch,
-            "num_out_ch": num_out_ch,
-            "num_feat": num_feat,
-            "num_block": num_block,
-            "upscale": upscale,
-            "esa_feat": esa_feat,
-        }
-        for name, size in sizes.items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name} must be a positive integer, not {size!r}.")
-        if not isinstance(img_range, (int, float)) or not img_range > 0:
-            raise ValueError(f"img_range must be a positive number, not {img_range!r}.")
+        check_sizes(
+            num_in_ch=num_in_ch,
+            num_out_ch=num_out_ch,
+            num_feat=num_feat,
+            num_block=num_block,
+            upscale=upscale,
+            esa_feat=esa_feat,
+        )
+        check_img_range(img_range)
         if mixer not in ("convmix", "pointwise", "none"):
             raise ValueError(f"mixer must be convmix, pointwise or none, not {mixer!r}.")
         if act not in ("gelu", "lrelu"):

@@ -10,6 +10,7 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
+from .checks import check_img_range, check_sizes
 from .esa import ESA
 
 
@@ -74,20 +75,16 @@ class RLFN(nn.Module):
     ) -> None:
         super().__init__()
         mid_feat = num_feat if mid_feat is None else mid_feat
-        sizes = {
-            "num_in_ch": num_in_ch,
-            "num_out_ch": num_out_ch,
-            "num_feat": num_feat,
-            "num_block": num_block,
-            "upscale": upscale,
-            "mid_feat": mid_feat,
-            "esa_feat": esa_feat,
-        }
-        for name, size in sizes.items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name} must be a positive integer, not {size!r}.")
-        if not isinstance(img_range, (int, float)) or not img_range > 0:
-            raise ValueError(f"img_range must be a positive number, not {img_range!r}.")
+        check_sizes(
+            num_in_ch=num_in_ch,
+            num_out_ch=num_out_ch,
+            num_feat=num_feat,
+            num_block=num_block,
+            upscale=upscale,
+            mid_feat=mid_feat,
+            esa_feat=esa_feat,
+        )
+        check_img_range(img_range)
         self.num_block = num_block
         self.img_range = float(img_range)
         self.conv_1 = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
