@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def draw_crops(
     panels = [figure.add_subplot(grid[i // columns, i % columns + 1]) for i in range(len(crops))]
     for panel, (name, score, image) in zip(panels, crops, strict=True):
         panel.imshow(image[..., ::-1], interpolation="nearest")
+        name = textwrap.fill(name, max(int(wide * 9), 8))
         panel.set_xlabel(f"{name}\n{score}", fontsize=11)
     for panel in (axis, *panels):
         panel.set_xticks([])
