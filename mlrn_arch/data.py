@@ -155,4 +155,3 @@ def _start_worker(worker_id: int) -> None:
     # needs data to finish its step; it ends its workers itself, and they end when it is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    cv2.setNumThreads(1)

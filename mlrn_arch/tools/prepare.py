@@ -128,6 +128,10 @@ def run(args: argparse.Namespace) -> int:
     images = _find_images(args.input, args.output)
     pairs = [args.output / f"{kind}{s}" for s in (2, 3, 4) for kind in ("GTmod", "LRbicx")]
     made = [folder for folder in (*pairs, args.output, *args.output.parents) if not folder.exists()]
+    # Every core has an image of its own. Said before the workers fork: OpenCV's own threads do not
+    # survive that, and a worker that tells them hangs.
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
     try:
         return (_benchmark if args.benchmark else _training)(args, images)
     except KeyboardInterrupt:
@@ -144,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"cannot write to {args.output}: {error}") from None
         raise
     finally:
+        cv2.setNumThreads(threads)
         for folder in made:  # what stayed empty was not there before
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -266,7 +271,6 @@ def _stream(
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-    cv2.setNumThreads(1)  # every core has an image of its own
     Image.MAX_IMAGE_PIXELS = None  # large photographs are no attack here
 
     def follow() -> None:  # a parent that was killed cannot end its workers
