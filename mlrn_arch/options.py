@@ -184,6 +184,9 @@ def load_yaml(path: str) -> Options:
 def _force(opt: Options, entries: Sequence[str]) -> list[str]:
     """Apply `--force_yml` entries in place; return the faults among them."""
     faults = []
+    for section in ("path", "logger"):  # a file may leave these out
+        if opt.get(section) is None:
+            opt[section] = {}
     for entry in entries:
         where, equals, text = entry.partition("=")
         *sections, key = (part.strip() for part in where.split(":"))
@@ -226,9 +229,8 @@ def _missing(opt: Options, keys: Sequence[str]) -> Iterator[str]:
 def _set_defaults_and_paths(opt: Options) -> list[str]:
     """Complete options as BasicSR does, so that short files stay valid; returns notes."""
     notes = []
-    for section in ("path", "logger") + ("val",) * (not opt["is_train"]):
-        if opt.get(section) is None:
-            opt[section] = {}
+    if not opt["is_train"] and opt.get("val") is None:
+        opt["val"] = {}
     opt["logger"].setdefault("use_tb_logger", False)
     if opt.get("val") is not None:
         opt["val"].setdefault("save_img", False)

@@ -156,6 +156,7 @@ def test_unsafe_or_broken_files(tmp_path, monkeypatch, text, message):
 
 
 def test_force_yml(tmp_path, train_options):
+    del train_options["path"]  # as short files do
     forced = ["train:optim_g:lr=5e-4", "datasets:val=none", "val=none", "path:param_key_g=a=b"]
     opt, _, _ = read(tmp_path, train_options, "train", "--force_yml", *forced)
     assert opt["train"]["optim_g"]["lr"] == 5e-4
