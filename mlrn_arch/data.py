@@ -82,7 +82,7 @@ class ResumableSampler(EnlargedSampler):
     seeds the sample's random crop, so that it is the same whichever worker or rank makes it.
     """
 
-    skip = 0  # samples of the run, over all ranks, that earlier sessions used up
+    skip = 0  # samples of the run, over all ranks, that the run it continues used up
     batch_size = 1  # over all ranks
 
     @property
