@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
     print(f"{about['stock']['device']}, torch {about['stock']['torch']}: batch of", end=" ")
     print(f"{about['stock']['batch']}, medians of {args.rounds} rounds of {args.steps} steps")
     columns = ["samples/s", "steps/s", "ms in data", "ms in step", "peak GB"]
-    print(f"{'':28}" + "".join(f"{column:>12}" for column in columns))
+    print(f"{'':40}" + "".join(f"{column:>12}" for column in columns))
     for name, results in turns.items():
         row = [statistics.median(result[column] for result in results) for column in columns]
         label = f"{name}, {about[name]['what']}"
-        print(f"{label:28}" + "".join(f"{value:12.2f}" for value in row))
+        print(f"{label:40}" + "".join(f"{value:12.2f}" for value in row))
     pairs = zip(turns["this file"], turns["stock"], strict=True)
     for side in sides.values():
         side.close()
