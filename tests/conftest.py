@@ -32,14 +32,14 @@ def mlrn(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-def start_training(path: str, cwd: Path, *, processes: int = 1) -> subprocess.Popen:
+def start_training(path: str, cwd: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:
     """Start `mlrn train --auto_resume` in the background, several processes through torchrun."""
     command = [sys.executable, "-u", "-m"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
         environment["OMP_NUM_THREADS"] = "1"
-    command += ["mlrn_arch.train", "-opt", path, "--auto_resume"]
+    command += ["mlrn_arch.train", "-opt", path, "--auto_resume", *arguments]
     if processes > 1:
         command += ["--launcher", "pytorch"]
     return subprocess.Popen(

@@ -10,18 +10,21 @@ pass over nothing, and in the end the weights must equal those of a run that nob
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from conftest import REPOSITORY, make_fast, make_paired_data, make_train_options, write_yaml
+from conftest import (
+    make_fast,
+    make_paired_data,
+    make_train_options,
+    start_training,
+    write_yaml,
+)
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> int:
@@ -31,19 +34,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> int:
     del options["val"], options["datasets"]["val"]
     options["logger"].update(save_checkpoint_freq=1, keep_last=3, use_tb_logger=False)
     options["train"]["total_iter"] = 1_000_000
-    command = [sys.executable, "-u", "-m", "mlrn_arch.train", "--auto_resume"]
-    command += ["-opt", write_yaml(folder / "kill.yml", options)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-
-    def start(*arguments: str, cwd: Path) -> subprocess.Popen:
-        return subprocess.Popen(
-            [*command, *arguments],
-            cwd=cwd,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    path = write_yaml(folder / "kill.yml", options)
 
     def newest() -> int:
         states = (folder / "experiments/tiny/training_states").glob("*.state")
@@ -56,7 +47,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> int:
     in_a_save = 0
     for kill in range(1, kills + 1):
         saved = newest()
-        process = start(cwd=folder)
+        process = start_training(path, folder)
         output = ""
         for line in process.stdout:
             output += line
@@ -73,13 +64,12 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> int:
 
     total = newest() + 5
     last = ["--force_yml", f"train:total_iter={total}"]
-    output, _ = start(*last, cwd=folder).communicate()
+    output, _ = start_training(path, folder, *last).communicate()
     assert "End of training" in output and "Passing over" not in output, output
     assert not list((folder / "experiments").glob("*archived*"))
     (folder / "whole").mkdir()
-    output, _ = start(
-        *last, "logger:save_checkpoint_freq=1000000", cwd=folder / "whole"
-    ).communicate()
+    seldom = [*last, "logger:save_checkpoint_freq=1000000"]
+    output, _ = start_training(path, folder / "whole", *seldom).communicate()
     assert "End of training" in output, output
     latest = "experiments/tiny/models/net_g_latest.pth"
     killed, whole = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
 import cv2
 import pytest
 import torch
+from conftest import SHARED
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,7 +16,6 @@ from mlrn_arch.archs.esa import ESA
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 NETWORKS = [MLRN, RLFN]
 TINY = {"num_feat": 8, "num_block": 1, "esa_feat": 4}
 NTIRE_2023 = {"num_feat": 50, "num_block": 4, "img_range": 255}

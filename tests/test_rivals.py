@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, mlrn, write_yaml
+from conftest import REPOSITORY, SHARED, mlrn, write_yaml
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,7 +23,6 @@ from mlrn_arch.archs.lapsrn_arch import LapSRN
 from mlrn_arch.archs.rfdn_arch import RFDN
 from mlrn_arch.archs.srcnn_arch import SRCNN
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 Y_NETWORKS = (SRCNN, FSRCNN, LapSRN, IDN)
 CHALLENGE = {"num_feat": 50, "num_block": 4, "attention": "esa", "img_range": 255}
 CARN_M = {"groups": 4, "efficient": True}

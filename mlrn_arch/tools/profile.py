@@ -49,10 +49,10 @@ from tqdm import tqdm
 
 from mlrn_arch import options
 from mlrn_arch.errors import UserError
+from mlrn_arch.models.fast_sr_model import DTYPES
 from mlrn_arch.tools import ntire2023
 from mlrn_arch.tools.benchmark import cpu_name
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIB = 2**20
 RELU_LIKE = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.ReLU6)
 DEFORMABLE = torch.ops.torchvision.deform_conv2d
