@@ -8,6 +8,7 @@ faults are found first and told at once, and what this machine lacks is adapted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import inspect
 import os
@@ -37,6 +38,7 @@ from basicsr.utils.registry import (
     Registry,
 )
 
+from mlrn_arch import weights
 from mlrn_arch.compat import newest_states
 from mlrn_arch.errors import UserError
 from mlrn_arch.models.fast_sr_model import DTYPES
@@ -258,6 +260,9 @@ def _set_defaults_and_paths(opt: Options) -> list[str]:
 
     for key, value in opt["path"].items():
         if value is not None and ("resume_state" in key or "pretrain_network" in key):
+            if value.startswith(weights.PREFIX):
+                with contextlib.suppress(ValueError):  # check() tells
+                    value = weights.path(value)
             opt["path"][key] = os.path.expanduser(value)
     kind = "experiments" if opt["is_train"] else "results"
     root = os.path.join(opt["root_path"], kind, str(opt["name"]))
@@ -453,6 +458,12 @@ def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[
     where = f"path:pretrain_{key}"
     path = opt["path"].get(f"pretrain_{key}")
     if path is None or ignore_checkpoint:
+        return
+    if path.startswith(weights.PREFIX):
+        try:
+            weights.path(path)
+        except ValueError as error:
+            yield f"{where}: {error}"
         return
     suffix = key.split("_", 1)[1]
     try:
