@@ -1,0 +1,75 @@
+"""Shipped checkpoints: they load by name, and score what stands beside them."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import REPOSITORY, SHARED, mlrn, write_yaml
+
+from mlrn_arch import create_model, weights
+
+SHIPPED = [name for name in weights.names() if weights.info(name)["file"]]
+
+
+def test_names_are_the_papers_networks():
+    # Parameters as Table 1 and Table 3 print them.
+    counts = {"MLRN_x2": 488, "MLRN_x3": 496, "MLRN_x4": 507, "MLRN_NTIRE_x4": 275}
+    assert set(weights.names()) == set(counts)
+    for name, thousands in counts.items():
+        network = create_model(name)
+        assert round(sum(p.numel() for p in network.parameters()) / 1e3) == thousands
+        assert not network.training
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_loads_by_name(name):
+    network = create_model(name, pretrained=True)
+    size = 24
+    smooth = torch.linspace(0.2, 0.8, size).expand(1, 3, size, size)
+    with torch.inference_mode():
+        output = network(smooth)
+    wanted = torch.nn.functional.interpolate(
+        smooth, scale_factor=network.upscale, mode="bilinear", align_corners=False
+    )
+    assert (output - wanted).abs().mean() < 0.02  # a trained network keeps a ramp a ramp
+    known = weights.info(name)
+    assert (REPOSITORY / known["recipe"]).exists()
+    assert known["iterations"] > 0 and known["data"] and known["licence"]
+
+
+def test_unknown_name_tells_the_known_ones():
+    with pytest.raises(ValueError, match="MLRN_x5.*MLRN_x2, MLRN_x3, MLRN_x4"):
+        create_model("MLRN_x5")
+
+
+def test_unknown_name_in_option_file(tmp_path, test_options):
+    test_options["path"]["pretrain_network_g"] = "mlrn://x5"
+    done = mlrn("test", "-opt", write_yaml(tmp_path / "t.yml", test_options), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "path:pretrain_network_g: no network is named 'x5'" in done.stdout
+
+
+def test_list_tells_every_network():
+    listed = json.loads(mlrn("weights", "--json", cwd=REPOSITORY).stdout)
+    assert [entry["name"] for entry in listed] == weights.names()
+    plain = mlrn("weights", cwd=REPOSITORY).stdout
+    assert all(name.replace("MLRN_", "mlrn://", 1) in plain for name in weights.names())
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs Set5 and Set14 in ../shared")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_scores_are_those_of_mlrn_test(name, tmp_path):
+    known = weights.info(name)
+    scale = known["network_g"]["upscale"]
+    (tmp_path / "datasets").symlink_to(SHARED / "data/benchmark")
+    file = REPOSITORY / f"options/test_MLRN_x{scale}.yml"
+    forced = [f"path:pretrain_network_g={weights.PREFIX}{name}", "val:save_img=false"]
+    forced += [f"network_g={json.dumps(known['network_g'])}", "datasets:test_2=none"]
+    done = mlrn("test", "-opt", str(file), "--force_yml", *forced, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    for metric, digits in (("PSNR", 2), ("SSIM", 4)):
+        printed = re.search(rf"# {metric.lower()}: ([\d.]+)", done.stdout)[1]
+        assert float(printed) == pytest.approx(
+            known["scores"]["Set5"][metric], abs=0.6 / 10**digits
+        )
