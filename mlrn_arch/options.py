@@ -183,6 +183,41 @@ def load_yaml(path: str) -> Options:
     return opt
 
 
+def network_by_name(text: str, upscale: int = 4) -> Options:
+    """Read `NAME` or `NAME:ARG=VALUE,ARG=VALUE` as the section network_g of an option file.
+
+    Args:
+        text: A network that BasicSR knows; values are YAML's, so a list is `[6,6]`.
+        upscale: The scale of a network that takes one but is given none.
+
+    Returns:
+        `type`, the given arguments, the scale, and the window size, which `SwinIRModel` reads.
+
+    Raises:
+        UserError: No such network, or arguments that cannot be parsed or are not its own.
+    """
+    kind, _, arguments = text.partition(":")
+    try:
+        given = yaml.safe_load("{" + arguments.replace("=", ": ") + "}")
+    except (yaml.YAMLError, ValueError):  # ValueError: 2023-13-01
+        raise UserError("write arguments as NAME:ARG=VALUE,ARG=VALUE") from None
+    given = {k: float(v) if isinstance(v, str) and _is_number(v) else v for k, v in given.items()}
+    if f"{kind}_basicsr" in ARCH_REGISTRY and kind not in ARCH_REGISTRY:
+        kind = f"{kind}_basicsr"  # BasicSR's name for what Real-ESRGAN registers too
+    section = {**given, "type": kind}
+    if kind in ARCH_REGISTRY:
+        parameters = inspect.signature(ARCH_REGISTRY.get(kind)).parameters
+        for key in ("upscale", "scale"):
+            if key in parameters:
+                section.setdefault(key, upscale)
+        window = parameters.get("window_size")
+        if window and window.default is not window.empty:
+            section.setdefault("window_size", window.default)
+    if faults := list(check_call("", ARCH_REGISTRY, section)):
+        raise UserError("; ".join(fault.removeprefix(":type").lstrip(": ") for fault in faults))
+    return section
+
+
 def _force(opt: Options, entries: Sequence[str]) -> list[str]:
     """Apply `--force_yml` entries in place; return the faults among them."""
     faults = []
@@ -475,8 +510,11 @@ def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[
         yield f"{where}: {path} is no whole PyTorch checkpoint ({str(error).splitlines()[0]})"
         return
     param_key = opt["path"].get(f"param_key_{suffix}", "params")
-    state = checkpoint.get(param_key, checkpoint.get("params", checkpoint))
-    if opt["path"].get(f"strict_load_{suffix}", True):
+    if isinstance(state := checkpoint, dict):
+        state = checkpoint.get(param_key, checkpoint.get("params", checkpoint))
+    if not isinstance(state, dict):
+        yield f"{where}: {path} holds no state dict; give a checkpoint of the network"
+    elif opt["path"].get(f"strict_load_{suffix}", True):
         yield from _misfits(where, path, network, state)
 
 

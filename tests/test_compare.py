@@ -16,6 +16,7 @@ from basicsr.archs import build_network
 from conftest import mlrn, write_yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from mlrn_arch import options
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.errors import UserError
 from mlrn_arch.tools import compare, figures
@@ -106,6 +107,61 @@ def test_numbers_are_those_of_mlrn_test(networks, capsys, monkeypatch):
     assert run(*files) == 0 and len(runs) == 8  # the images; time does not hang on the weights
     assert table()[1]["tiny_val PSNR"] != before[1]["tiny_val PSNR"]
     assert table()[0]["tiny_val PSNR"] == before[0]["tiny_val PSNR"]
+
+
+EDSR = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 2, "upscale": 2}
+SWINIR = {"img_size": 10, "window_size": 5, "embed_dim": 4, "depths": [2], "num_heads": [2]}
+SWINIR |= {"mlp_ratio": 2, "upscale": 2, "upsampler": "pixelshuffledirect"}
+
+
+def test_networks_by_name(networks, test_options, capsys):
+    standard = {**options.load_yaml("MLRN.yml"), "path": {"pretrain_network_g": "nowhere.pth"}}
+    Path("options").mkdir()
+    write_yaml(networks / "options/test_MLRN_x2.yml", standard)
+    edsr, swinir = (
+        f"{name}:{','.join(f'{k}={v}' for k, v in arguments.items())}"
+        for name, arguments in (("EDSR", EDSR), ("SwinIR", SWINIR))
+    )
+    wide = edsr.replace("num_feat=8", "num_feat=9")
+    torch.manual_seed(0)
+    for file, section in (
+        ("EDSR", {"type": "EDSR", **EDSR}),
+        ("SwinIR", {"type": "SwinIR", **SWINIR}),
+        ("wide", {"type": "EDSR", **EDSR, "num_feat": 9}),
+    ):
+        torch.save(build_network(section).state_dict(), f"{file}.pth")
+        path = {"pretrain_network_g": f"{file}.pth"}
+        write_yaml(networks / f"{file}.yml", {**test_options, "network_g": section, "path": path})
+    torch.save([1], "list.pth")
+    wrong = {
+        "EDSX:a.pth": "EDSX: unknown 'EDSX'; did you mean EDSR?",
+        "EDSR:num_in_ch=3:a.pth": "EDSR needs num_out_ch",
+        "MLRN:num_fat=3,upscale=2:MLRN.pth": "MLRN takes no 'num_fat'; did you mean num_feat?",
+        "MLRN:num_feat=[:MLRN.pth": "write arguments as NAME:ARG=VALUE",
+        "MLRN:num_feat=-1,upscale=2:MLRN.pth": "num_feat must be a positive integer",
+        wide: f"names no checkpoint; write {wide}:CHECKPOINT",
+        f"{wide}:nowhere.pth": "no such file nowhere.pth",
+        f"{wide}:EDSR.pth": "EDSR.pth is not a checkpoint of this EDSR",
+        f"{wide}:list.pth": "list.pth holds no state dict",
+        "MLRN:MLRN.pth": "MLRN: is tested by options/test_MLRN_x4.yml, which is not in this",
+    }
+    right = [f"{edsr}:EDSR.pth", "Bicubic:upscale=2", f"{swinir}:SwinIR.pth", f"{wide}:wide.pth"]
+    assert run(*right, *wrong) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "Skipping" not in line]
+    assert len(told) == len(wrong)
+    for line, message in zip(told, wrong.values(), strict=True):
+        assert message in line
+
+    rows = list(csv.DictReader(Path("comparison/table.csv").read_text().splitlines()))
+    names = [row["method"] for row in rows]
+    assert names == ["EDSR:num_feat=8", "Bicubic", "SwinIR", "EDSR:num_feat=9"]
+    for row, file, model in (
+        (rows[0], "EDSR.yml", "SRModel"),
+        (rows[2], "SwinIR.yml", "SwinIRModel"),  # windows of 5 on images of 32x32
+    ):
+        result = mlrn("test", "-opt", file, "--force_yml", f"model_type={model}", cwd=networks)
+        scores = re.findall(r"# (?:psnr|ssim): (\S+)", result.stdout)
+        assert [row["tiny_val PSNR"], row["tiny_val SSIM"]] == scores, result.stdout
 
 
 def test_two_checkpoints_of_one_network_are_told_apart(networks):

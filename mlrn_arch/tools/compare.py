@@ -1,9 +1,15 @@
 """Score networks on test sets and print the paper's Table 1; or draw its Figure 3.
 
-Each OPTION_FILE is one that `mlrn test` takes, `:CHECKPOINT` behind it replaces its
-pretrain_network_g. PSNR and SSIM come out of the same BasicSR run as those of `mlrn test`. What is
-finished is kept below the output folder: interrupted, or with further networks, the same command
-goes on. Networks of several scales may stand in one table.
+A NETWORK is an option file that `mlrn test` takes, and `:CHECKPOINT` behind it replaces its
+pretrain_network_g. Or it is a name that BasicSR knows, with arguments if it needs some, as in
+EDSR:num_in_ch=3,num_out_ch=3:EDSR_x4.pth or 'SwinIR:depths=[6,6],num_heads=[6,6]:swinir.pth'. Its
+scale is 4 unless the argument upscale (or scale) says otherwise, its test options/test_MLRN_x4.yml
+(x2, x3) of the current directory with another network_g. A network with a window_size runs as
+BasicSR's SwinIRModel, which pads images to it. Networks of the Y channel need an option file.
+
+PSNR and SSIM come out of the same BasicSR run as those of `mlrn test`. What is finished is kept
+below the output folder: interrupted, or with further networks, the same command goes on. Networks
+of several scales may stand in one table.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from mlrn_arch import options
@@ -70,7 +77,12 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mlrn compare` on `parser`."""
     add = parser.add_argument
-    add("files", nargs="+", metavar="OPTION_FILE[:CHECKPOINT]", help="a network to compare")
+    add(
+        "networks",
+        nargs="+",
+        metavar="NETWORK[:CHECKPOINT]",
+        help="FILE.yml, NAME or NAME:ARG=VALUE,ARG=VALUE",
+    )
     add("--output", type=Path, default=Path("comparison"), help="folder (default: %(default)s)")
     add("--paper", action="store_true", help="show Table 1's figures and the differences from them")
     add("--set", metavar="NAME", help="test set of the picture (default: the first)")
@@ -81,10 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY:KEY=VALUE",
-        help="as for `mlrn test`, for all files; path:param_key_g=params_ema scores EMA weights",
+        help="as for `mlrn test`, for all networks; path:param_key_g=params_ema scores EMA weights",
     )
     parser.epilog = """example:
-  mlrn compare options/baselines/test_RLFN_x4.yml:rlfn_x4.pth options/test_MLRN_x4.yml:net.pth
+  mlrn compare options/test_MLRN_x4.yml:net.pth EDSR:num_in_ch=3,num_out_ch=3:EDSR_x4.pth Bicubic
   mlrn compare --visual Set14/ppt3 --crop 60 400 96 64 options/test_MLRN_x4.yml:net.pth"""
 
 
@@ -98,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--visual IMAGE and --crop X Y W H belong together")
     torch.backends.cudnn.benchmark = True  # as the pipeline
     problems: list[str] = []
-    rows = [row for file in args.files if (row := _read(file, args.force_yml, problems))]
+    rows = [row for text in args.networks if (row := _read(text, args.force_yml, problems))]
     _set_labels(rows)
     made = rows and (_visual if args.visual else _table)(rows, args, problems)
     if not made:
@@ -110,12 +122,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(argument: str, forced: list[str], problems: list[str]) -> Row | None:
-    """Read an option file as `mlrn test` does; a faulty data set is told and left out."""
+    """Read a network's options as `mlrn test` does; a faulty data set is told and left out."""
     from basicsr.archs import build_network
 
-    match = re.fullmatch(r"(.+?\.ya?ml):(.+)", argument)
-    file, checkpoint = match.groups() if match else (argument, None)
-    forced = list(forced)
+    match = re.fullmatch(r"(.+?\.ya?ml|\w+(?::\w+=[^:]*)?)(?::(.+))?", argument)
+    network, checkpoint = match.groups() if match else (argument, None)
+    file, forced = network, list(forced)
+    if not file.endswith((".yml", ".yaml")):
+        try:
+            section = options.network_by_name(network)
+        except UserError as error:
+            problems.append(f"{network}: {error}")
+            return None
+        scale = section.get("upscale", section.get("scale", 4))
+        file = f"options/test_MLRN_x{scale}.yml"
+        if not Path(file).is_file():
+            problems.append(f"{network}: is tested by {file}, which is not in this directory")
+            return None
+        own = [f"name=test_{network.partition(':')[0]}_x{scale}", "path:pretrain_network_g=none"]
+        own += [f"network_g={yaml.safe_dump(section, default_flow_style=True)}"]
+        own += ["model_type=SwinIRModel"] * ("window_size" in section)
+        forced = own + forced
     if checkpoint:
         forced.append(f"path:pretrain_network_g={json.dumps(checkpoint)}")
     for attempt in range(2):
@@ -126,7 +153,7 @@ def _read(argument: str, forced: list[str], problems: list[str]) -> Row | None:
             faults = [line[4:] for line in str(error).splitlines() if line.startswith("  - ")]
             sets = {m[1] for fault in faults if (m := re.match(r"datasets:([^: ]+)", fault))}
             if attempt == 0:
-                problems.extend(f"{file}: {fault}" for fault in faults or [str(error)])
+                problems.extend(f"{network}: {fault}" for fault in faults or [str(error)])
             if not sets or not all(fault.startswith("datasets:") for fault in faults):
                 return None
             forced += [f"datasets:{key}=none" for key in sets]
@@ -134,12 +161,12 @@ def _read(argument: str, forced: list[str], problems: list[str]) -> Row | None:
         return None
     for note in notes:
         if note.startswith("Skipping"):
-            print(f"mlrn compare: {file}: {note}", file=sys.stderr)
+            print(f"mlrn compare: {network}: {note}", file=sys.stderr)
     opt["val"]["pbar"] = False
     parameters = sum(p.numel() for p in build_network(opt["network_g"]).parameters())
     path = opt["path"].get("pretrain_network_g")
     if parameters and not path:
-        problems.append(f"{file}: names no checkpoint; write {file}:CHECKPOINT")
+        problems.append(f"{network}: names no checkpoint; write {network}:CHECKPOINT")
         return None
     weights = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
     return Row(argument, opt, parameters, weights)
@@ -150,13 +177,17 @@ def _flag(forced: list[str]) -> list[str]:
 
 
 def _set_labels(rows: list[Row]) -> None:
-    """Name the rows; those that would be named alike get their checkpoint's name too."""
+    """Name the rows; those that would be named alike by what tells them apart too."""
     for row in rows:
-        alike = [r for r in rows if (r.name, r.opt["scale"]) == (row.name, row.opt["scale"])]
-        stems = [Path(r.opt["path"].get("pretrain_network_g") or "-").stem for r in alike]
+        key, own = (row.name, row.opt["scale"]), row.opt["network_g"]
+        alike = [r for r in rows if (r.name, r.opt["scale"]) == key]
+        others = [r.opt["network_g"] for r in alike]
+        arguments = [f"{k}={v}" for k, v in own.items() if any(o.get(k) != v for o in others)]
+        row.label = f"{row.name}:{','.join(arguments)}".removesuffix(":")
+        twins = [r for r in alike if r.opt["network_g"] == own]
+        stems = [Path(r.opt["path"].get("pretrain_network_g") or "-").stem for r in twins]
         stem = Path(row.opt["path"].get("pretrain_network_g") or "-").stem
-        row.label = row.name
-        if len(alike) > 1:
+        if len(twins) > 1:
             row.label += f" ({stem if stems.count(stem) == 1 else row.argument})"
 
 
@@ -438,7 +469,7 @@ def _write(rows: list[Row], args: argparse.Namespace, machine: str) -> None:
         record = {
             "method": row.label,
             "scale": row.opt["scale"],
-            "option_file": row.argument,
+            "argument": row.argument,
             "checkpoint": row.opt["path"].get("pretrain_network_g"),
             **{column: row.values.get(column) for column in columns},
         }

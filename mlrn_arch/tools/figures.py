@@ -79,6 +79,7 @@ def _label(axis: Any, points: list[tuple[str, float | None, float]], colors: dic
             left, bottom = axis.transData.transform((x, y))
             taken.append(Bbox.from_bounds(left - 7, bottom - 7, 14, 14))
     for name, x, y in points:
+        lines = textwrap.fill(name, 32)
         anchor = (axis.get_xlim()[0], y) if x is None else (x, y)
         for distance, (right, up) in itertools.product(
             (9, 18, 30, 44, 60),
@@ -87,7 +88,7 @@ def _label(axis: Any, points: list[tuple[str, float | None, float]], colors: dic
             if x is None and (right, up) not in ((1, 1), (1, -1)):
                 continue
             text = axis.annotate(
-                name,
+                lines,
                 anchor,
                 xytext=(right * distance, up * distance * (0.5 if x is None else 1)),
                 textcoords="offset points",
@@ -107,7 +108,7 @@ def _label(axis: Any, points: list[tuple[str, float | None, float]], colors: dic
                 break
             text.remove()
         else:
-            text = axis.annotate(name, anchor, fontsize=9)
+            text = axis.annotate(lines, anchor, fontsize=9, in_layout=False)
             box = text.get_window_extent(renderer)
         taken.append(box)
 

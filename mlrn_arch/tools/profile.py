@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,23 +193,13 @@ def _subject(name: str, args: argparse.Namespace) -> Subject:
         if not isinstance(section, dict):
             raise UserError(f"{name} has no section network_g, so there is no network in it")
     else:
-        kind, _, text = name.partition(":")
-        try:
-            section = yaml.safe_load("{" + text.replace("=", ": ") + "}")
-        except yaml.YAMLError:
-            raise UserError("write arguments as NAME:ARG=VALUE,ARG=VALUE") from None
-        section, upscale = {**section, "type": kind}, args.upscale
+        section, upscale = options.network_by_name(name, args.upscale), args.upscale
     arguments = {key: value for key, value in section.items() if key != "type"}
     kind = str(section.get("type"))
     if f"{kind}_basicsr" in ARCH_REGISTRY and kind not in ARCH_REGISTRY:
-        kind = f"{kind}_basicsr"  # BasicSR's name for what Real-ESRGAN registers too
-    if kind in ARCH_REGISTRY and not _is_file(name):
-        parameters = inspect.signature(ARCH_REGISTRY.get(kind)).parameters
-        for key in {"upscale", "scale"} & parameters.keys():
-            arguments.setdefault(key, upscale)
-    where = "network_g" if _is_file(name) else ""
-    if faults := list(options.check_call(where, ARCH_REGISTRY, {"type": kind, **arguments})):
-        raise UserError("; ".join(fault.removeprefix(":type").lstrip(": ") for fault in faults))
+        kind = f"{kind}_basicsr"
+    if faults := list(options.check_call("network_g", ARCH_REGISTRY, {**section, "type": kind})):
+        raise UserError("; ".join(faults))
     network_class = ARCH_REGISTRY.get(kind)
     try:
         network = network_class(**arguments).eval().requires_grad_(False)
