@@ -171,6 +171,8 @@ def _side(connection: Connection, arguments: list[str], loader_only: bool) -> No
             "ms in step": (seconds - in_data) / steps * 1e3,
             "peak GB": peak / 1e9,
         }
+        if loader_only:  # the workers fill their queues first: the other side's turn is its own
+            time.sleep(seconds / steps * loader.num_workers * (loader.prefetch_factor or 0))
         connection.send(result)
 
 
