@@ -2,6 +2,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+EXTRAS = {
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "openvino": ["openvino"],
+    "safetensors": ["safetensors"],
+    "spandrel": ["spandrel"],
+}
+
 setup(
     name="mlrn_arch",
     version="0.1.0",
@@ -27,6 +34,10 @@ setup(
         "torchvision",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "ruff"]},
+    extras_require={
+        **EXTRAS,
+        "all": sorted({package for packages in EXTRAS.values() for package in packages}),
+        "test": ["pytest", "ruff", "mlrn_arch[all]"],
+    },
     entry_points={"console_scripts": ["mlrn = mlrn_arch.cli:main"]},
 )

@@ -18,6 +18,7 @@ TOOLS = {
     "compare": "score networks on test sets: the paper's Table 1 and Figure 3",
     "benchmark": "time training with stock BasicSR and with an option file's own model type",
     "profile": "compare networks: parameters, operations, activations, memory and runtime",
+    "export": "write a network as ONNX, OpenVINO, safetensors, slim weights, or NTIRE submission",
     "weights": "list the shipped checkpoints, their origin and scores",
     "demo": "prepare, train and test a small MLRN on photographs at hand, and draw the result",
 }

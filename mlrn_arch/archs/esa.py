@@ -21,6 +21,10 @@ class ESA(nn.Module):
         esa_feat: channels inside, at least 1 (16 in both papers).
     """
 
+    # For exporters: pads by nothing where nothing is missing, so that a graph without branches
+    # is right at every size.
+    always_pad = False
+
     def __init__(self, num_feat: int, esa_feat: int = 16) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(num_feat, esa_feat, 1)
@@ -37,8 +41,9 @@ class ESA(nn.Module):
         # A plain branch: an export whose dynamic sizes are declared large enough decides it once
         # and stays dynamic, and no graph carries a padding that does nothing. Declare at least
         # 21 to torch.export: below, the pooled map is one pixel wide, which it specialises on.
-        if h < MIN_SIZE or w < MIN_SIZE:
-            padding = (0, max(0, MIN_SIZE - w), 0, max(0, MIN_SIZE - h))
+        if self.always_pad or h < MIN_SIZE or w < MIN_SIZE:
+            # sym_max: max would fix the size in an exported graph.
+            padding = (0, torch.sym_max(0, MIN_SIZE - w), 0, torch.sym_max(0, MIN_SIZE - h))
             coarse = F.pad(coarse, padding, mode="replicate")
         coarse = F.max_pool2d(self.conv2(coarse), kernel_size=7, stride=3)
         coarse = F.interpolate(

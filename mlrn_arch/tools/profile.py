@@ -18,6 +18,10 @@ peak MiB     weights, input and the most that one forward pass holds beside them
 ms           one forward pass, eager, batch 1: median over the rounds, with the fastest and the
              slowest; the networks take turns
 ratio        to the first network: median of the ratios within a round
+
+With --backend each network is timed in PyTorch as it is and by every back end, all in turns;
+"to eager" is the ratio to the former, and "ratio" that to the first network by the same back end.
+A back end without --precision chooses it: bf16 on a CPU that computes in it, fp16 on a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
-from mlrn_arch import options
+from mlrn_arch import backends, options
 from mlrn_arch.errors import UserError
 from mlrn_arch.models.fast_sr_model import DTYPES
 from mlrn_arch.tools import ntire2023
@@ -88,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--upscale", type=_positive, default=4, help="of networks by name (default: %(default)s)")
     add("--frames", type=_positive, help="for video networks: LR frames in one input")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--precision", choices=DTYPES, default="fp32", help="of weights and input")
+    add("--precision", choices=DTYPES, help="of weights and input (default: fp32)")
+    add("--backend", nargs="+", choices=backends.NAMES, help="time these back ends as well")
     add("--rounds", type=_positive, default=5, help="turns of each network (default: %(default)s)")
     add("--no-runtime", action="store_true", help="count only")
     add("--leaderboard", action="store_true", help="place them among the entries of NTIRE 2023")
@@ -139,10 +144,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--time and --memory belong to --leaderboard")
     if (args.time is not None or args.memory is not None) and len(args.networks) > 1:
         raise UserError("--time and --memory are those of one network; give just that one")
+    if args.backend and args.no_runtime:
+        raise UserError("--backend measures, --no-runtime forbids it; give one of them")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = DTYPES[args.precision]
+    dtype = DTYPES[args.precision or "fp32"]
 
     faults: list[str] = []
     subjects: list[Subject] = []
@@ -157,15 +164,19 @@ def run(args: argparse.Namespace) -> int:
             faults.append(str(error) if told else f"{name}: {error}")
         else:
             subjects.append(subject)
-    if not args.no_runtime:
+    if args.backend:
+        faults += _measure_backends(subjects, args.backend, device, args)
+    elif not args.no_runtime:
         faults += _measure(subjects, device, dtype, args.rounds)
 
     rows = [subject.row for subject in subjects]
     if rows:
         where = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name()
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-        machine = f"{where}{threads}, torch {torch.__version__}, {args.precision}"
+        machine = f"{where}{threads}, torch {torch.__version__}, {args.precision or 'fp32'}"
         _print_table(rows, machine)
+        if args.backend:
+            _print_backends(rows, args.backend, machine)
         if args.leaderboard:
             faults += _print_leaderboard(rows, args)
         _write(args, rows, machine)
@@ -382,7 +393,46 @@ def _measure(
     return faults
 
 
-def _seconds(network: nn.Module, x: Tensor, calls: int) -> float:
+def _measure_backends(
+    subjects: Sequence[Subject], names: Sequence[str], device: torch.device, args: Any
+) -> list[str]:
+    """Fill in `eager_ms`, `openvino_ms`, ... of all networks; returns the faults."""
+    faults, ready = [], []
+    for subject in subjects:
+        network = subject.network.to(device, DTYPES[args.precision or "fp32"])
+        x = torch.rand(subject.shape, device=device)
+        ways = {"eager": lambda x, network=network: network(x.to(next(network.parameters()).dtype))}
+        for name in names:
+            cpu_only = name != "torch"
+            try:
+                ways[name] = backends.load(
+                    network, name, None if cpu_only else device, args.precision or "auto"
+                )
+            except UserError as error:
+                faults.append(f"{subject.name}: {error}")
+        with torch.inference_mode():
+            for name, way in ways.items():
+                _seconds(way, x, 1)
+                calls = max(1, min(1000, int(TURN_SECONDS / _seconds(way, x, 1))))
+                ready.append((subject.row, name, way, x, calls, []))
+    with torch.inference_mode():
+        for _ in tqdm(range(args.rounds), desc="rounds", disable=None):
+            for *_, way, x, calls, turns in ready:
+                turns.append(_seconds(way, x, calls) / calls)
+    turns_of = {(row["network"], name): turns for row, name, *_, turns in ready}
+    for row, name, *_, turns in ready:
+        times = [1e3 * seconds for seconds in turns]
+        row[f"{name}_ms"] = statistics.median(times)
+        row[f"{name}_ms_min"], row[f"{name}_ms_max"] = min(times), max(times)
+        first = ready[0][0]["network"]
+        for key, reference in (("to_eager", (row["network"], "eager")), ("ratio", (first, name))):
+            if reference in turns_of:
+                pairs = zip(turns, turns_of[reference], strict=True)
+                row[f"{name}_{key}"] = statistics.median(own / other for own, other in pairs)
+    return faults
+
+
+def _seconds(network: Callable[[Tensor], Any], x: Tensor, calls: int) -> float:
     if x.device.type == "cpu":
         start = time.perf_counter()
         for _ in range(calls):
@@ -421,6 +471,19 @@ def _print_table(rows: Sequence[dict[str, Any]], machine: str) -> None:
         lines.append(line)
     if timed:
         print(machine)
+    _print_columns(lines)
+
+
+def _print_backends(rows: Sequence[dict[str, Any]], names: Sequence[str], machine: str) -> None:
+    lines = [["network", "back end", "ms", "(min - max)", "to eager", "ratio"]]
+    for name in ("eager", *names):
+        for row in rows:
+            if f"{name}_ms" in row:
+                spread = f"({row[f'{name}_ms_min']:.2f} - {row[f'{name}_ms_max']:.2f})"
+                ratios = (row.get(f"{name}_{key}", math.nan) for key in ("to_eager", "ratio"))
+                line = [row["network"], name, f"{row[f'{name}_ms']:.2f}", spread]
+                lines.append([*line, *(f"{ratio:.2f}" for ratio in ratios)])
+    print(f"\n{machine}")
     _print_columns(lines)
 
 

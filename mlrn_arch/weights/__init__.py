@@ -7,6 +7,8 @@ the network is known but no weights of it are shipped yet.
 from __future__ import annotations
 
 import json
+import math
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,71 @@ def create_model(name: str, pretrained: bool = False, **arguments: Any) -> torch
     if pretrained:
         network.load_state_dict(torch.load(path(name), weights_only=True)["params"])
     return network.eval()
+
+
+def state_dict(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint as torch loads it: EMA weights if it has them, `module.` off.
+
+    Args:
+        checkpoint: `{"params": ..., "params_ema": ...}` as BasicSR saves it, or a bare state dict.
+    """
+    state = checkpoint.get("params_ema", checkpoint.get("params", checkpoint))
+    if not any(key.startswith("module.") for key in state):
+        return state
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
+
+
+def with_arguments(state: dict[str, torch.Tensor], network_g: dict[str, Any]) -> OrderedDict:
+    """Note in a state dict which network it is of, where every loader passes it on.
+
+    PyTorch keeps the versions of modules in a state dict's `_metadata`; what is beside them there
+    is saved and loaded with it and concerns no strict loading.
+    """
+    noted = OrderedDict(state)
+    noted._metadata = {"": {"version": 1, "network_g": dict(network_g)}}
+    return noted
+
+
+def deduce(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Find out which network a checkpoint is of.
+
+    One that `mlrn export` wrote says it. Any other must be MLRN's: what its shapes tell is taken
+    from them. Of what they do not tell, `act` and `bilinear` are the defaults, and `img_range` is
+    255 for the challenge's form (50 features, 4 blocks) and 1 for all others.
+
+    Args:
+        checkpoint: As `state_dict` takes it.
+
+    Returns:
+        A section `network_g`: `type`, and the arguments of the network.
+
+    Raises:
+        ValueError: It says nothing and is not MLRN's.
+    """
+    state = state_dict(checkpoint)
+    if noted := getattr(state, "_metadata", {}).get("", {}).get("network_g"):
+        return dict(noted)
+    try:
+        num_feat, num_in_ch = state["conv_first.weight"].shape[:2]
+        esa_feat = len(state["body.0.esa.conv_f.weight"])
+        out = len(state["upsampler.0.weight"])
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"these are no weights of MLRN: {error}") from None
+    num_block = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
+    # The output has num_out_ch * upscale**2 channels; as many colours as come in, if that fits.
+    num_out_ch = next((c for c in (num_in_ch, 3, 1) if math.isqrt(out // c) ** 2 * c == out), out)
+    mixer = "convmix" if "body.0.mixer.depthwise.weight" in state else "pointwise"
+    if "body.0.mixer.pointwise.weight" not in state:
+        mixer = "none"
+    return {
+        "type": "MLRN",
+        "num_in_ch": num_in_ch,
+        "num_out_ch": num_out_ch,
+        "num_feat": num_feat,
+        "num_block": num_block,
+        "upscale": math.isqrt(out // num_out_ch),
+        "esa_feat": esa_feat,
+        "img_range": 255.0 if (num_feat, num_block) == (50, 4) else 1.0,
+        "mixer": mixer,
+        "bilinear": num_in_ch == num_out_ch,
+    }

@@ -1,0 +1,277 @@
+"""Ways to run a network quickly: OpenVINO, ONNX Runtime and PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mlrn_arch.archs.esa import ESA
+from mlrn_arch.errors import UserError
+from mlrn_arch.models.fast_sr_model import DTYPES
+from mlrn_arch.options import _cpu_computes_in_bf16
+
+if TYPE_CHECKING:
+    import onnx
+
+NAMES = ("openvino", "onnxruntime", "torch")  # quickest first, as measured on CPUs
+PACKAGES = {
+    "openvino": ["openvino"],
+    "onnxruntime": ["onnxruntime", "onnx", "onnxscript"],  # the last two export to it
+    "torch": ["torch"],
+}
+# Smaller images run in PyTorch: it takes no time there, and ESA has a branch for them.
+MIN_SIZE = 32
+TOLERANCE = 1e-5  # of a back end's output in fp32 to PyTorch's, over the larger of 1 and its peak
+
+
+def available() -> list[str]:
+    """The back ends that are installed here, quickest on a CPU first."""
+    return [name for name in NAMES if not _missing(*PACKAGES[name])]
+
+
+def _missing(*packages: str) -> list[str]:
+    return [package for package in packages if not importlib.util.find_spec(package)]
+
+
+def need(what: str, *packages: str) -> None:
+    """Raise `UserError`, with the command that installs them, if one of `packages` is missing."""
+    if missing := _missing(*packages):
+        extra = {"openvino": "openvino", "safetensors": "safetensors"}.get(missing[0], "onnx")
+        raise UserError(
+            f"{what} needs {' and '.join(missing)}, which this Python lacks; "
+            f'pip install "mlrn_arch[{extra}]"'
+        )
+
+
+def channels(network: nn.Module) -> int:
+    """How many channels a network takes: those of its first convolution, 3 without one."""
+    convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+    return next((m.in_channels for m in convolutions), 3)
+
+
+def load(
+    network: nn.Module,
+    backend: str | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> Callable[[Tensor], Tensor]:
+    """Prepare a network for running; `network` itself is left as it is.
+
+    OpenVINO and ONNX Runtime run on the CPU, and take seconds to prepare: a single small image
+    is done sooner with `torch`.
+
+    Args:
+        network: A super-resolution network: (n, c, h, w) in [0, 1] -> (n, c, h * s, w * s).
+        backend: One of `NAMES`; None takes the quickest at hand: on a GPU PyTorch, on the CPU
+            the first of `available()` that can run this network.
+        device: Where PyTorch computes; None is the GPU if there is one and `backend` is not one
+            for the CPU.
+        precision: `fp32`, `bf16`, `fp16`, or `auto`: fp16 on a GPU, on the CPU bf16 if it
+            computes in it and fp32 if it would only emulate it.
+
+    Returns:
+        A function: (n, c, h, w) in [0, 1] on any device -> (n, c, h * s, w * s), float32 on the
+        same device, not clamped; of any size and batch, under inference mode.
+
+    Raises:
+        UserError: No such back end, or it is not installed, or cannot run this network, on this
+            device, in this precision.
+    """
+    if backend not in (None, *NAMES):
+        raise UserError(f"no back end is named {backend!r}; there are {', '.join(NAMES)}")
+    if precision not in ("auto", *DTYPES):
+        raise UserError(f"no precision is named {precision!r}; there are auto, {', '.join(DTYPES)}")
+    if backend is not None:
+        need(f"the back end {backend}", *PACKAGES[backend])
+    if device is None:
+        gpu = backend in (None, "torch") and torch.cuda.is_available()
+        device = "cuda" if gpu else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch finds no GPU here; take the device cpu")
+    if backend in ("openvino", "onnxruntime") and device.type != "cpu":
+        raise UserError(f"{backend} runs on the CPU here; take the back end torch for {device}")
+    if backend == "onnxruntime" and precision not in ("auto", "fp32"):
+        raise UserError(f"onnxruntime computes in fp32; {precision} needs openvino or torch")
+
+    network = copy.deepcopy(network).to(device, torch.float32).eval().requires_grad_(False)
+    fallback = backend is None and device.type == "cpu"
+    for name in available() if fallback else [backend or "torch"]:
+        if name == "torch" or (name == "onnxruntime" and precision not in ("auto", "fp32")):
+            continue
+        prepare = _openvino if name == "openvino" else _onnxruntime
+        try:
+            run = prepare(network, precision)
+        except Exception as error:  # an exporter may fail in any way
+            reason = f"{name} cannot run {type(network).__name__}: {_first_line(error)}"
+            if not fallback:
+                raise UserError(f"{reason}; take the back end torch") from None
+            print(f"note: {reason}", file=sys.stderr)
+        else:
+            return _leave_small_images_to(network, run)
+    return _torch(network, device, precision)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _torch(network: nn.Module, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:
+    # No torch.compile: on two CPU cores compiling takes 20 s, and OpenVINO is quicker after it.
+    if precision == "auto":
+        lower = "bf16" if device.type == "cpu" else "fp16"
+        precision = lower if device.type != "cpu" or _cpu_computes_in_bf16() else "fp32"
+    # Autocast, for it leaves the bilinear branch and the sum with it in fp32: in bf16 they would
+    # round the output to 8 bits.
+    cast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+    network = network.to(memory_format=torch.channels_last)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.inference_mode(), cast:
+            y = network(x.to(device, torch.float32, memory_format=torch.channels_last))
+        return y.to(x.device, torch.float32)
+
+    return run
+
+
+def _openvino(network: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
+    import openvino
+
+    with _quiet(), torch.no_grad():
+        # Traced, not exported: a third of the time. `_check` finds a size that the trace fixed.
+        model = openvino.convert_model(
+            network,
+            example_input=torch.zeros(1, channels(network), MIN_SIZE, 2 * MIN_SIZE),
+            input=[-1, channels(network), -1, -1],
+        )
+
+    def compiled(hint: str) -> Callable[[Tensor], Tensor]:
+        config = {"INFERENCE_PRECISION_HINT": hint} if hint else {}  # else it chooses
+        run = openvino.compile_model(model, "CPU", config)
+        return lambda x: torch.from_numpy(run(x.numpy())[0])
+
+    _check(compiled("f32"), network)
+    return compiled({"auto": "", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision])
+
+
+def _onnxruntime(network: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        to_onnx(network).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+
+    _check(run, network)
+    return run
+
+
+def _check(run: Callable[[Tensor], Tensor], network: nn.Module) -> None:
+    """Compare with PyTorch in fp32 at another size than the exporter saw."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        x = torch.rand(1, channels(network), 3 * MIN_SIZE, MIN_SIZE, generator=generator)
+        y = network(x)
+        difference = (run(x) - y).abs().max() / y.abs().max().clamp(min=1)
+    if difference > TOLERANCE:
+        raise RuntimeError(f"its output differs from PyTorch's by {difference:.2g}")
+
+
+def _leave_small_images_to(
+    network: nn.Module, run: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    def guarded(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            image = x.to("cpu", torch.float32).contiguous()
+            y = (network if min(x.shape[-2:]) < MIN_SIZE else run)(image)
+        return y.to(x.device)
+
+    return guarded
+
+
+class Uint8(nn.Module):
+    """A network on 8-bit images, with the scaling, clamping and rounding inside.
+
+    Args:
+        network: (n, c, h, w) in [0, 1] -> (n, c, h * s, w * s).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images as decoders give them, (n, h, w, c) uint8, to (n, h * s, w * s, c) uint8."""
+        y = self.network(x.permute(0, 3, 1, 2).float() / 255)
+        return (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def to_onnx(network: nn.Module) -> onnx.ModelProto:
+    """Export a network to ONNX with batch, height and width left open.
+
+    Args:
+        network: In evaluation mode, on the CPU; is left as it is. It takes (n, c, h, w), and a
+            `Uint8` (n, h, w, c).
+
+    Returns:
+        The model, its input called `input` and its output `output`. MLRN and the other networks
+        whose attention is ESA are right at every size.
+
+    Raises:
+        UserError: onnx or onnxscript is not installed.
+        Exception: The network cannot be exported; torch tells it in many ways.
+    """
+    need("exporting to ONNX", "onnx", "onnxscript")
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, ESA):
+            module.always_pad = True
+    x = torch.zeros(2, channels(network), 40, 48)
+    # At least 21: up to 20 ESA's pooled map is one pixel wide, which torch.export specialises on.
+    sizes = {0: torch.export.Dim("batch")}
+    sizes[2], sizes[3] = (torch.export.Dim(side, min=21) for side in ("height", "width"))
+    if isinstance(network, Uint8):
+        x = x.permute(0, 2, 3, 1).to(torch.uint8)
+        sizes = {0: sizes[0], 1: sizes[2], 2: sizes[3]}
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            network,
+            (x,),
+            dynamo=True,
+            verbose=False,
+            opset_version=20,  # the first with Gelu; written out it is five operators
+            input_names=["input"],
+            output_names=["output"],
+            dynamic_shapes=(sizes,),
+        )
+    model = program.model_proto
+    # The exporter notes where each node comes from: source lines and paths of this machine.
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to itself what tracers and exporters say to their developers."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,67 @@
+"""MLRN for spandrel, the library with which chaiNNer and others load networks.
+
+`install()` once, and `spandrel.ModelLoader` knows MLRN's checkpoints. Not imported by the package
+itself, for it needs spandrel: pip install "mlrn_arch[spandrel]".
+"""
+
+from __future__ import annotations
+
+from basicsr.utils.registry import ARCH_REGISTRY
+from spandrel import (
+    MAIN_REGISTRY,
+    Architecture,
+    ArchRegistry,
+    ArchSupport,
+    ImageModelDescriptor,
+    SizeRequirements,
+    StateDict,
+)
+from spandrel.util import KeyCondition
+
+import mlrn_arch
+from mlrn_arch.archs.esa import MIN_SIZE
+from mlrn_arch.archs.mlrn_arch import MLRN
+
+
+class MLRNArch(Architecture[MLRN]):
+    """How spandrel recognises and builds MLRN; every argument is found by `weights.deduce`."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            id="MLRN",
+            detect=KeyCondition.has_all(
+                "conv_first.weight",
+                "body.0.conv1.weight",
+                "body.0.conv2.weight",
+                "body.0.conv3.weight",
+                "body.0.esa.conv_f.weight",
+                "conv_after_body.weight",
+                "upsampler.0.weight",
+            ),
+        )
+
+    def load(self, state_dict: StateDict) -> ImageModelDescriptor[MLRN]:
+        """Build the network of a state dict; (1, c, h, w) in [0, 1] -> the same range, clamped."""
+        network_g = mlrn_arch.weights.deduce(state_dict)
+        model = ARCH_REGISTRY.get(network_g.pop("type"))(**network_g)
+        num_feat, num_in_ch = model.conv_first.weight.shape[:2]
+        num_out_ch = len(model.upsampler[0].weight) // model.upscale**2
+        return ImageModelDescriptor(
+            model,
+            state_dict,
+            architecture=self,
+            purpose="Restoration" if model.upscale == 1 else "SR",
+            tags=[f"{num_feat}nf", f"{len(model.body)}nb"],
+            supports_half=True,
+            supports_bfloat16=True,
+            scale=model.upscale,
+            input_channels=num_in_ch,
+            output_channels=num_out_ch,
+            # Below, ESA continues its coarse map; spandrel's mirrored image is the better input.
+            size_requirements=SizeRequirements(minimum=MIN_SIZE),
+        )
+
+
+def install(registry: ArchRegistry = MAIN_REGISTRY) -> None:
+    """Make a registry, spandrel's own unless another is given, know MLRN; twice does no harm."""
+    registry.add(ArchSupport.from_architecture(MLRNArch()), ignore_duplicates=True)

@@ -1,0 +1,316 @@
+"""Write a network in another form; the ending of OUTPUT says which.
+
+.onnx          ONNX of any height, width and batch, checked in ONNX Runtime against PyTorch
+.xml           OpenVINO's form, with a .bin beside it, checked likewise
+.safetensors   the weights, with the network's arguments as JSON under `network_g` in its header
+.pth           the weights alone as BasicSR loads them, `{"params": ...}`, and the arguments with
+               them: what one ships
+no ending      with --ntire: a folder for the NTIRE challenge on efficient super-resolution
+
+Of a checkpoint that holds EMA weights these are taken. Input and output of .onnx and .xml are
+called `input` and `output`: (n, 3, h, w) float RGB in [0, 1] -> (n, 3, h * scale, w * scale), not
+clamped. With --uint8 they are 8-bit RGB as decoders give it, (n, h, w, 3) in 0 .. 255, and scaling,
+clamping and rounding are inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import inspect
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+from mlrn_arch import __version__, backends, options, weights
+from mlrn_arch.errors import UserError
+
+FORMS = (".onnx", ".xml", ".safetensors", ".pth")
+# Odd, low, and below what a plain export of ESA takes; then what every network takes.
+SHAPES = ((1, 23, 37), (3, 31, 22), (2, 16, 49), (1, 9, 14), (1, 48, 64), (2, 64, 32))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `mlrn export` on `parser`."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a shipped network, such as x4, or an option file")
+    add("output", type=Path, metavar="OUTPUT", help=f"a file ({', '.join(FORMS)}), or a folder")
+    add("--weights", metavar="FILE", help="checkpoint (default: the shipped one, the file's own)")
+    add("--uint8", action="store_true", help="8-bit images in and out (.onnx and .xml)")
+    add("--ntire", type=int, metavar="TEAM", help="the challenge's number of your team")
+    add("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    parser.epilog = """examples:
+  mlrn export x4 mlrn_x4.onnx
+  mlrn export options/baselines/test_RLFN_x4.yml rlfn.onnx --weights rlfn_x4.pth
+  mlrn export options/ntire/test_MLRN_NTIRE_x4.yml submission --ntire 12"""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the file or the folder, and print what it is.
+
+    Raises:
+        UserError: Arguments contradict each other, the network or its weights cannot be had, a
+            package is missing, the network cannot be exported, or computes something else then.
+    """
+    form = args.output.suffix
+    if args.ntire is None and form not in FORMS:
+        raise UserError(f"{args.output} has none of the endings {', '.join(FORMS)}")
+    if args.ntire is not None and (form in FORMS or not 0 < args.ntire < 100):
+        raise UserError("--ntire takes a team number from 1 to 99, and OUTPUT is a folder then")
+    if args.uint8 and form not in (".onnx", ".xml"):
+        raise UserError("--uint8 is for .onnx and .xml, which hold the computation")
+    outputs = [args.output, args.output.with_suffix(".bin")][: 2 if form == ".xml" else 1]
+    for output in outputs:
+        if output.exists() and not args.overwrite:
+            raise UserError(f"{output} exists; give --overwrite to replace it, or another name")
+    if not args.output.absolute().parent.is_dir():
+        raise UserError(f"cannot write {args.output}: no such folder {args.output.parent}")
+    needed = {
+        ".onnx": ["onnx", "onnxscript", "onnxruntime"],
+        ".xml": ["openvino", "onnx", "onnxscript"],
+        ".safetensors": ["safetensors"],
+    }
+    backends.need(f"writing {form}", *needed.get(form, []))
+
+    network, network_g = _network(args.source, args.weights)
+    write: dict[str, Callable] = {".onnx": _onnx, ".xml": _openvino}
+    with _beside(args.output) as folder:
+        file = folder / args.output.name
+        if args.ntire is not None:
+            _ntire(network, network_g, args.ntire, file)
+        elif form in write:
+            note = write[form](backends.Uint8(network) if args.uint8 else network, network_g, file)
+            print(note)
+        elif form == ".safetensors":
+            from safetensors.torch import save
+
+            header = {"format": "pt", "network_g": json.dumps(network_g)}
+            state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+            file.write_bytes(save(state, header))
+        else:
+            torch.save({"params": weights.with_arguments(network.state_dict(), network_g)}, file)
+    for output in outputs:
+        if output.is_file():
+            print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
+    if args.ntire is not None:
+        print(f"wrote {args.output}; {args.output / 'select_model.txt'} goes into test_demo.py")
+
+
+@contextlib.contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """A folder beside the output, for what becomes the output only when all of it is there."""
+    try:
+        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".export_") as folder:
+            yield Path(folder)
+            for made in sorted(Path(folder).iterdir()):
+                if output.is_dir():
+                    shutil.rmtree(output)
+                os.replace(made, output.with_name(made.name))
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from None
+
+
+# --- which network ------------------------------------------------------------------------------
+
+
+def _network(source: str, checkpoint: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the network with its weights; returns it and its section of an option file.
+
+    Raises:
+        UserError: No such network, no weights, or weights of another one.
+    """
+    if source.endswith((".yml", ".yaml")):
+        opt = options.load_yaml(source)
+        network_g = opt.get("network_g")
+        where = f"{source}: network_g"
+        checkpoint = checkpoint or (opt.get("path") or {}).get("pretrain_network_g")
+        if checkpoint is None:
+            raise UserError(f"{source} names no pretrain_network_g; give the weights by --weights")
+    else:
+        try:
+            network_g = weights.info(source.removeprefix(weights.PREFIX))["network_g"]
+            checkpoint = checkpoint or weights.path(source)
+        except ValueError as error:
+            raise UserError(f"{error}, or give an option file (.yml)") from None
+        where = source
+    if faults := list(options.check_call(where, ARCH_REGISTRY, network_g)):
+        raise UserError("; ".join(faults))
+    arguments = {key: value for key, value in network_g.items() if key != "type"}
+    kind = ARCH_REGISTRY.get(network_g["type"])
+    try:
+        network = kind(**arguments)
+    except Exception as error:  # a network may refuse its arguments in any way
+        raise UserError(f"{where}: {kind.__name__} refuses these arguments: {error}") from None
+    try:
+        path = weights.path(checkpoint) if checkpoint.startswith(weights.PREFIX) else checkpoint
+        state = weights.state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {checkpoint}; --weights names another") from None
+    except Exception as error:  # torn, foreign or unsafe: torch tells them in many ways
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{checkpoint} is no whole PyTorch checkpoint ({reason})") from None
+    if faults := list(options._misfits("", checkpoint, network, state)):
+        raise UserError(faults[0].removeprefix(": "))
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False), network_g
+
+
+# --- forms --------------------------------------------------------------------------------------
+
+
+def _onnx(network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
+    import onnx
+    import onnxruntime
+
+    model = _to_onnx(network)
+    model.producer_name, model.producer_version = "mlrn_arch", __version__
+    onnx.helper.set_model_props(model, {"network_g": json.dumps(network_g)})
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, file)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return _compare(network, lambda x: session.run(["output"], {"input": x})[0], "ONNX Runtime")
+
+
+def _openvino(network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
+    import openvino
+
+    model = openvino.convert_model(io.BytesIO(_to_onnx(network).SerializeToString()))
+    model.set_rt_info(json.dumps(network_g), ["network_g"])
+    openvino.save_model(model, file, compress_to_fp16=False)
+    compiled = openvino.compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return _compare(network, lambda x: compiled(x)["output"], "OpenVINO")
+
+
+def _to_onnx(network: nn.Module):
+    try:
+        return backends.to_onnx(network)
+    except UserError:
+        raise
+    except Exception as error:  # torch tells in many ways what it cannot export
+        name = type(getattr(network, "network", network)).__name__
+        raise UserError(
+            f"{name} cannot be exported with height and width left open: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+def _compare(network: nn.Module, run: Callable[[Any], Any], where: str) -> str:
+    """Compare an exported network with PyTorch; returns a line that says how far it is from it.
+
+    Raises:
+        UserError: They differ.
+    """
+    uint8 = isinstance(network, backends.Uint8)
+    generator = torch.Generator().manual_seed(0)
+    worst, sizes = 0.0, []
+    for batch, height, width in SHAPES:
+        x = torch.rand(batch, backends.channels(network), height, width, generator=generator)
+        if uint8:
+            x = (x.permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
+        try:
+            with torch.inference_mode():
+                y = network(x)
+        except Exception:  # some networks refuse some sizes
+            continue
+        difference = _difference(y, run, x.numpy())
+        if difference > (1 if uint8 else backends.TOLERANCE * max(1, y.abs().max())):
+            raise UserError(
+                f"in {where} the network gives something else than in PyTorch: a difference of "
+                f"{difference:.2g} for {batch} image(s) of {width}x{height}; nothing was written"
+            )
+        worst = max(worst, difference)
+        sizes.append(f"{batch}x{width}x{height}")
+    if not sizes:
+        raise UserError(f"PyTorch itself runs this network at none of the sizes {SHAPES}")
+    unit = "of 255" if uint8 else "of an output in [0, 1]"
+    return f"{where} and PyTorch differ by at most {worst:.2g} {unit} at {', '.join(sizes)}"
+
+
+def _difference(y: Tensor, run: Callable[[Any], Any], x: Any) -> float:
+    try:
+        z = torch.from_numpy(run(x))
+    except Exception as error:  # either runtime refuses a graph in its own way
+        raise UserError(
+            f"the exported network does not run: {str(error).splitlines()[0]}"
+        ) from None
+    return (z.float() - y.float()).abs().max().item() if z.shape == y.shape else float("inf")
+
+
+# --- the challenge's folder ---------------------------------------------------------------------
+
+
+def _ntire(network: nn.Module, network_g: dict[str, Any], team: int, folder: Path) -> None:
+    """Write the files in the naming of the challenge's repository, whose test_demo.py loads them.
+
+    Source: github.com/ofsoundof/NTIRE2023_ESR.
+    """
+    name = type(network).__name__
+    stem = f"team{team:02}_{name}"
+    arguments = ", ".join(f"{k}={v!r}" for k, v in network_g.items() if k != "type")
+    for subfolder in ("models", "model_zoo"):
+        (folder / subfolder).mkdir(parents=True)
+    (folder / f"models/{stem}.py").write_text(standalone(type(network)), encoding="utf-8")
+    torch.save(network.state_dict(), folder / f"model_zoo/{stem}.pth")
+    (folder / "select_model.txt").write_text(
+        f"""\
+    elif model_id == {team}:
+        # Takes and gives [0, 1] whatever range it computes in.
+        from models.{stem} import {name}
+        name, data_range = f"{{model_id:02}}_{name}", 1.0
+        model = {name}({arguments})
+        model.load_state_dict(torch.load("model_zoo/{stem}.pth"), strict=True)
+"""
+    )
+
+
+def standalone(network_class: type[nn.Module]) -> str:
+    """The source of a network of this package as one module that imports torch alone.
+
+    Args:
+        network_class: A class of one of our `*_arch.py`.
+
+    Raises:
+        UserError: The network is not of this package.
+    """
+    if not network_class.__module__.startswith("mlrn_arch.archs."):
+        raise UserError(f"{network_class.__name__} is not a network of mlrn_arch")
+    imports: dict[str, None] = {}  # in order, each once
+    bodies: dict[str, str] = {}
+
+    def add(module: str) -> None:
+        if module in bodies:
+            return
+        source = inspect.getsource(sys.modules[module])
+        dropped: set[int] = set()
+        for node in ast.parse(source).body:
+            drop = range(node.lineno - 1, node.end_lineno)
+            if isinstance(node, ast.ImportFrom) and node.level:
+                add(f"mlrn_arch.archs.{node.module}")
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                if getattr(node, "module", "") != "basicsr.utils.registry":
+                    imports[ast.unparse(node)] = None
+            elif isinstance(node, ast.ClassDef) and node.decorator_list:
+                drop = range(node.decorator_list[0].lineno - 1, node.lineno - 1)
+            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                continue
+            dropped.update(drop)
+        lines = [line for i, line in enumerate(source.splitlines()) if i not in dropped]
+        bodies[module] = "\n".join(lines).strip()
+
+    add(network_class.__module__)
+    head = f'"""{network_class.__name__} in one file, by mlrn_arch {__version__}."""'
+    first = [line for line in imports if "__future__" in line]
+    others = [line for line in imports if "__future__" not in line]
+    top = "\n\n".join([head, *first, "\n".join(others)])
+    return "\n\n\n".join([top, *bodies.values()]) + "\n"
