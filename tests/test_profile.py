@@ -244,6 +244,21 @@ def test_runtime_has_a_figure_for_every_network(profile, tmp_path, precision):
         assert 0 < row["time_ms_min"] <= row["time_ms"] <= row["time_ms_max"] < math.inf
 
 
+def test_back_ends_are_timed_beside_eager(profile, tmp_path):
+    tiny = ["MLRN:num_feat=8,num_block=1,esa_feat=4", "RLFN:num_feat=8,num_block=1,esa_feat=4"]
+    arguments = ["--input-size", "40x32", "--rounds", "2", "--device", "cpu", "--backend", "torch"]
+    code, out, err = profile(*tiny, *arguments, "--json", str(tmp_path / "out.json"))
+    assert code == 0, err
+    assert [line.split()[:2] for line in out.splitlines()[-4:]] == [
+        [network, way] for way in ("eager", "torch") for network in tiny
+    ]
+    rows = json.loads((tmp_path / "out.json").read_text())["networks"]
+    for row in rows:
+        assert 0 < row["torch_ms_min"] <= row["torch_ms"] <= row["torch_ms_max"] < math.inf
+        assert row["eager_to_eager"] == 1 and row["torch_to_eager"] > 0
+    assert rows[0]["torch_ratio"] == 1
+
+
 def test_on_a_gpu(profile, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -297,6 +312,7 @@ def test_one_bad_network_spoils_nothing_else(profile, tmp_path, monkeypatch, net
         (["--output-size", "0x720"], "'0' is no positive integer"),
         (["--leaderboard", "--output-size", "1280x720"], "--input-size 256x256 only"),
         (["--time", "3"], "--time and --memory belong to --leaderboard"),
+        (["--backend", "torch", "--no-runtime"], "--backend measures, --no-runtime forbids it"),
         (["--leaderboard", "--memory", "-3"], "'-3' is no positive number"),
         (["RLFN", "--leaderboard", "--time", "3"], "are those of one network"),
         (["--no-runtime", "--csv", "nowhere/out.csv"], "cannot write nowhere/out.csv: No such"),

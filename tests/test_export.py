@@ -1,0 +1,315 @@
+"""`mlrn export`, the back ends and spandrel: what comes out computes what PyTorch computes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from basicsr.archs import build_network
+from basicsr.models.base_model import BaseModel
+from conftest import REPOSITORY, write_yaml
+from torch import nn
+
+from mlrn_arch import backends, cli, weights
+from mlrn_arch.archs.mlrn_arch import MLRN
+from mlrn_arch.archs.rlfn_arch import RLFN
+from mlrn_arch.errors import UserError
+
+TINY = {"num_feat": 8, "num_block": 1, "esa_feat": 4, "upscale": 2}
+SIZES = [(1, 9, 14), (3, 15, 33), (2, 20, 21), (1, 47, 38)]
+
+
+def make(network: type[nn.Module] = MLRN, seed: int = 0, **arguments) -> nn.Module:
+    torch.manual_seed(seed)
+    return network(**{**TINY, **arguments}).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def export(monkeypatch, capsys, tmp_path):
+    """Run `mlrn export ARGUMENTS` in this process, in `tmp_path`; returns code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["mlrn", "export", *arguments])
+        try:
+            code = cli.main()
+        except SystemExit as end:  # argparse
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def trained(tmp_path) -> nn.Module:
+    """The EMA network of the checkpoint `net.pth`, which belongs to `net.yml`."""
+    network = make(seed=1, img_range=255.0, act="lrelu")
+    state = {"params": make(seed=2).state_dict(), "params_ema": network.state_dict()}
+    torch.save(state, tmp_path / "net.pth")
+    section = {"type": "MLRN", **TINY, "img_range": 255.0, "act": "lrelu"}
+    path = {"pretrain_network_g": str(tmp_path / "net.pth")}
+    write_yaml(tmp_path / "net.yml", {"network_g": section, "path": path})
+    return network
+
+
+# --- forms --------------------------------------------------------------------------------------
+
+
+def test_onnx_is_right_at_every_size_and_batch(export, trained, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    code, out, err = export("net.yml", "net.onnx")
+    assert code == 0, err
+    assert "ONNX Runtime and PyTorch differ by at most" in out and "wrote net.onnx" in out
+    session = onnxruntime.InferenceSession("net.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    for batch, height, width in SIZES:
+        x = torch.rand(batch, 3, height, width)
+        (y,) = session.run(["output"], {"input": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), trained(x), rtol=0, atol=1e-5)
+    file = (tmp_path / "net.onnx").read_bytes()
+    assert str(REPOSITORY).encode() not in file and b"site-packages" not in file
+    network_g = session.get_modelmeta().custom_metadata_map["network_g"]
+    assert build_network(json.loads(network_g)).img_range == 255
+
+
+def test_openvino_takes_and_gives_8_bit_images(export, trained, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    code, out, err = export("net.yml", "net.xml", "--uint8")
+    assert code == 0, err
+    assert "OpenVINO and PyTorch differ by at most" in out
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.compile_model(str(tmp_path / "net.xml"), "CPU", hint)
+    for batch, height, width in SIZES:
+        image = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), np.uint8)
+        y = trained(torch.from_numpy(image.transpose(0, 3, 1, 2) / 255).float()).double().numpy()
+        exact = (y.clip(0, 1) * 255).transpose(0, 2, 3, 1)
+        given = model(image)["output"]
+        assert given.dtype == np.uint8
+        # Half a step beside a value that lies on the half: there both neighbours are right.
+        assert np.abs(given - exact).max() <= 0.5 + 1e-3
+
+
+def test_onnx_takes_and_gives_8_bit_images():
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    network = make()
+    model = backends.to_onnx(backends.Uint8(network)).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    image = np.random.default_rng(0).integers(0, 256, (2, 21, 17, 3), np.uint8)
+    y = network(torch.from_numpy(image.transpose(0, 3, 1, 2) / 255).float()).double().numpy()
+    (given,) = session.run(None, {"input": image})
+    assert given.shape == (2, 42, 34, 3) and given.dtype == np.uint8
+    assert np.abs(given - (y.clip(0, 1) * 255).transpose(0, 2, 3, 1)).max() <= 0.5 + 1e-3
+
+
+def test_safetensors_hold_weights_and_arguments(export, trained):
+    safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
+    from safetensors.torch import load_file
+
+    code, _, err = export("net.yml", "net.safetensors")
+    assert code == 0, err
+    with safetensors.safe_open("net.safetensors", "pt") as file:
+        network = build_network(json.loads(file.metadata()["network_g"])).eval()
+    network.load_state_dict(load_file("net.safetensors"))
+    x = torch.rand(1, 3, 21, 17)
+    assert torch.equal(network(x), trained(x))
+
+
+def test_slim_weights_load_strictly_in_basicsr(export, trained):
+    code, _, err = export("net.yml", "slim.pth")
+    assert code == 0, err
+    network = make(seed=3, img_range=255.0, act="lrelu")
+    loader = BaseModel({"num_gpu": 0, "is_train": False, "dist": False})
+    loader.load_network(network, "slim.pth", strict=True, param_key="params")
+    x = torch.rand(1, 3, 21, 17)
+    assert torch.equal(network(x), trained(x))
+    network_g = weights.deduce(torch.load("slim.pth", weights_only=True))
+    assert network_g == {"type": "MLRN", **TINY, "img_range": 255.0, "act": "lrelu"}
+
+
+def test_ntire_folder_needs_torch_alone(export, trained, tmp_path):
+    code, out, err = export("net.yml", "submission", "--ntire", "7")
+    assert code == 0, err
+    x = torch.rand(1, 3, 33, 21)
+    torch.save({"x": x, "y": trained(x)}, tmp_path / "case.pth")
+    # As the challenge's test_demo.py does it, in an interpreter that has none of our packages.
+    program = f"""
+import sys, os, textwrap
+for name in ("mlrn_arch", "basicsr", "torchvision", "cv2", "yaml"):
+    sys.modules[name] = None
+import torch
+os.chdir({str(tmp_path / "submission")!r})
+sys.path.insert(0, ".")
+scope = {{"torch": torch, "os": os, "model_id": 7}}
+exec("if False:\\n    pass\\n" + textwrap.dedent(open("select_model.txt").read()), scope)
+assert (scope["name"], scope["data_range"]) == ("07_MLRN", 1.0)
+case = torch.load("../case.pth")
+with torch.no_grad():
+    assert torch.equal(scope["model"].eval()(case["x"]), case["y"])
+assert not [name for name in sys.modules if name.startswith(("mlrn_arch.", "basicsr."))]
+"""
+    done = subprocess.run(
+        [sys.executable, "-IB", "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    made = sorted(str(p.relative_to(tmp_path / "submission")) for p in tmp_path.rglob("*team*"))
+    assert made == ["model_zoo/team07_MLRN.pth", "models/team07_MLRN.py"]
+
+
+def test_an_export_that_computes_something_else_is_refused(export, trained, tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    nearest = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 18]>
+        nearest (float[n, 3, h, w] input) => (float[n, 3, p, q] output)
+        <float[4] scales = {1, 1, 2, 2}>
+        { output = Resize <mode = "nearest"> (input, , scales) }"""
+    )
+    monkeypatch.setattr(backends, "to_onnx", lambda network: nearest)
+    before = sorted(tmp_path.iterdir())
+    code, _, err = export("net.yml", "net.onnx")
+    assert code == 2
+    assert "in ONNX Runtime the network gives something else than in PyTorch" in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x5", "out.pth"], "no network is named 'x5'; there are MLRN_x2"),
+        (["nowhere.yml", "out.pth"], "cannot read the option file nowhere.yml"),
+        (["net.yml", "out.pt"], "out.pt has none of the endings .onnx, .xml"),
+        (["net.yml", "net.pth"], "net.pth exists; give --overwrite"),
+        (["net.yml", "nowhere/out.pth"], "no such folder nowhere"),
+        (["net.yml", "out.pth", "--uint8"], "--uint8 is for .onnx and .xml"),
+        (["net.yml", "out.onnx", "--ntire", "7"], "OUTPUT is a folder"),
+        (["net.yml", "out", "--ntire", "0"], "team number from 1 to 99"),
+        (["net.yml", "out.pth", "--weights", "no.pth"], "there is no checkpoint no.pth"),
+        (["net.yml", "out.pth", "--weights", "net.yml"], "net.yml is no whole PyTorch checkpoint"),
+        (["x4", "out.pth", "--weights", "net.pth"], "net.pth is not a checkpoint of this MLRN"),
+        (["bad.yml", "out.pth"], "unknown 'MLRM'; did you mean MLRN?"),
+        (["bare.yml", "out.pth"], "names no pretrain_network_g; give the weights by --weights"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(export, trained, tmp_path, arguments, message):
+    write_yaml(tmp_path / "bad.yml", {"network_g": {"type": "MLRM"}, "path": {"pretrain_network_g": "net.pth"}})  # fmt: skip # noqa: E501
+    write_yaml(tmp_path / "bare.yml", {"network_g": {"type": "MLRN"}})
+    before = sorted(tmp_path.iterdir())
+    code, out, err = export(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_missing_package_is_named_with_its_command(export, trained, monkeypatch):
+    present = backends.importlib.util.find_spec
+    monkeypatch.setattr(
+        backends.importlib.util, "find_spec", lambda name: name != "onnxscript" and present(name)
+    )
+    code, _, err = export("net.yml", "out.onnx")
+    assert code == 2
+    assert 'needs onnxscript, which this Python lacks; pip install "mlrn_arch[onnx]"' in err
+    assert "onnxruntime" not in backends.available()
+
+
+# --- back ends ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_a_back_end_gives_what_pytorch_gives(backend):
+    if backend not in backends.available():
+        pytest.skip(f"{backend} is not installed")
+    network = make(RLFN, img_range=255)
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    run = backends.load(network, backend, device="cpu", precision="fp32")
+    for batch, height, width in SIZES + [(1, 64, 33)]:
+        x = torch.rand(batch, 3, height, width)
+        y = run(x)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, network(x), rtol=0, atol=1e-5)
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+class _ByValue(nn.Module):
+    """Decides by the pixels, which no exported graph can follow."""
+
+    def forward(self, x):
+        return x * 2 if x.mean() > 0.1 else x
+
+
+def test_what_cannot_be_exported_runs_in_pytorch(capsys):
+    run = backends.load(_ByValue(), device="cpu")
+    dark, light = torch.full((1, 3, 40, 40), 0.05), torch.full((1, 3, 40, 40), 0.5)
+    assert torch.equal(run(dark), dark) and torch.equal(run(light), 2 * light)
+    others = [name for name in backends.available() if name != "torch"]
+    assert capsys.readouterr().err.count("cannot run _ByValue") == len(others)
+    if others:
+        with pytest.raises(UserError, match=f"{others[0]} cannot run _ByValue.*take .* torch"):
+            backends.load(_ByValue(), others[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "tensorrt"}, "no back end is named 'tensorrt'; there are openvino"),
+        ({"precision": "int8"}, "no precision is named 'int8'; there are auto"),
+        ({"backend": "onnxruntime", "precision": "bf16"}, "onnxruntime computes in fp32"),
+    ],
+)
+def test_no_such_back_end(arguments, message):
+    with pytest.raises(UserError, match=message):
+        backends.load(make(), **arguments)
+
+
+# --- spandrel -----------------------------------------------------------------------------------
+
+FORMS = [
+    {},
+    {"upscale": 3, "num_feat": 12, "num_block": 3, "esa_feat": 5},
+    {"upscale": 1},
+    {"mixer": "pointwise"},
+    {"mixer": "none"},
+    {"num_in_ch": 1, "num_out_ch": 1, "upscale": 4},
+    {"num_in_ch": 1, "num_out_ch": 3, "bilinear": False},
+    {"num_feat": 50, "num_block": 4, "img_range": 255},
+]
+# Two networks of one shape each: only a checkpoint that `mlrn export` wrote tells them apart.
+NOTED = [{"act": "lrelu"}, {"bilinear": False}, {"img_range": 100.0}]
+
+
+@pytest.mark.parametrize("form", FORMS + NOTED, ids=str)
+def test_spandrel_knows_every_form(form, tmp_path):
+    spandrel = pytest.importorskip("spandrel", reason="spandrel is not installed")
+    from mlrn_arch.spandrel import install
+
+    install()
+    network = make(**form)
+    state = network.state_dict()
+    if form in NOTED:
+        state = weights.with_arguments(state, {"type": "MLRN", **TINY, **form})
+    torch.save({"params": state}, tmp_path / "net.pth")
+    found = spandrel.ModelLoader().load_from_file(tmp_path / "net.pth")
+    assert found.architecture.id == "MLRN"
+    assert (found.scale, found.input_channels) == (network.upscale, form.get("num_in_ch", 3))
+    assert found.output_channels == form.get("num_out_ch", 3)
+    assert found.size_requirements.minimum == 15
+    x = torch.rand(1, found.input_channels, 23, 18)
+    assert torch.equal(found(x), network(x).clamp(0, 1))
+    assert found(x[..., :7, :9]).shape[-2:] == (7 * network.upscale, 9 * network.upscale)
+
+
+def test_deduce_takes_only_what_is_of_mlrn():
+    with pytest.raises(ValueError, match="no weights of MLRN"):
+        weights.deduce({"params": make(RLFN).state_dict()})
