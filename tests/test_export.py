@@ -192,6 +192,7 @@ def test_an_export_that_computes_something_else_is_refused(export, trained, tmp_
         (["nowhere.yml", "out.pth"], "cannot read the option file nowhere.yml"),
         (["net.yml", "out.pt"], "out.pt has none of the endings .onnx, .xml"),
         (["net.yml", "net.pth"], "net.pth exists; give --overwrite"),
+        (["net.yml", "sub", "--ntire", "7", "--overwrite"], "sub is a folder that exists already"),
         (["net.yml", "nowhere/out.pth"], "no such folder nowhere"),
         (["net.yml", "out.pth", "--uint8"], "--uint8 is for .onnx and .xml"),
         (["net.yml", "out.onnx", "--ntire", "7"], "OUTPUT is a folder"),
@@ -204,6 +205,7 @@ def test_an_export_that_computes_something_else_is_refused(export, trained, tmp_
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(export, trained, tmp_path, arguments, message):
+    (tmp_path / "sub").mkdir()
     write_yaml(tmp_path / "bad.yml", {"network_g": {"type": "MLRM"}, "path": {"pretrain_network_g": "net.pth"}})  # fmt: skip # noqa: E501
     write_yaml(tmp_path / "bare.yml", {"network_g": {"type": "MLRN"}})
     before = sorted(tmp_path.iterdir())

@@ -22,7 +22,6 @@ import inspect
 import io
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", metavar="FILE", help="checkpoint (default: the shipped one, the file's own)")
     add("--uint8", action="store_true", help="8-bit images in and out (.onnx and .xml)")
     add("--ntire", type=int, metavar="TEAM", help="the challenge's number of your team")
-    add("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    add("--overwrite", action="store_true", help="replace a file OUTPUT that exists")
     parser.epilog = """examples:
   mlrn export x4 mlrn_x4.onnx
   mlrn export options/baselines/test_RLFN_x4.yml rlfn.onnx --weights rlfn_x4.pth
@@ -72,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--uint8 is for .onnx and .xml, which hold the computation")
     outputs = [args.output, args.output.with_suffix(".bin")][: 2 if form == ".xml" else 1]
     for output in outputs:
+        if output.is_dir():
+            raise UserError(f"{output} is a folder that exists already; give another name")
         if output.exists() and not args.overwrite:
             raise UserError(f"{output} exists; give --overwrite to replace it, or another name")
     if not args.output.absolute().parent.is_dir():
@@ -114,8 +115,6 @@ def _beside(output: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".export_") as folder:
             yield Path(folder)
             for made in sorted(Path(folder).iterdir()):
-                if output.is_dir():
-                    shutil.rmtree(output)
                 os.replace(made, output.with_name(made.name))
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from None
