@@ -80,7 +80,9 @@ def test_onnx_is_right_at_every_size_and_batch(export, trained, tmp_path):
 
 
 def test_openvino_takes_and_gives_8_bit_images(export, trained, tmp_path):
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    if "openvino" not in backends.available():
+        pytest.skip("OpenVINO is not installed")
+    openvino = backends.import_openvino()
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     code, out, err = export("net.yml", "net.xml", "--uint8")
     assert code == 0, err

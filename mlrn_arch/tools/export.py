@@ -182,9 +182,9 @@ def _onnx(network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
 
 
 def _openvino(network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
-    import openvino
-
-    model = openvino.convert_model(io.BytesIO(_to_onnx(network).SerializeToString()))
+    openvino = backends.import_openvino()
+    # Not convert_model, which would report its use to its maker without asking.
+    model = openvino.Core().read_model(io.BytesIO(_to_onnx(network).SerializeToString()))
     model.set_rt_info(json.dumps(network_g), ["network_g"])
     openvino.save_model(model, file, compress_to_fp16=False)
     compiled = openvino.compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
