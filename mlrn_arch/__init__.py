@@ -7,4 +7,12 @@ from mlrn_arch import archs, models
 from mlrn_arch.weights import create_model
 
 __version__ = "0.1.0"
-__all__ = ["archs", "compat", "create_model", "models"]
+__all__ = ["Upscaler", "archs", "compat", "create_model", "models"]
+
+
+def __getattr__(name: str):
+    if name == "Upscaler":  # only then: what it needs is slower to import than all the rest
+        from mlrn_arch.tools.upscale import Upscaler
+
+        return Upscaler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

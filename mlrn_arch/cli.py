@@ -14,6 +14,7 @@ PIPELINES = {
     "test": "score a network on benchmark sets as an option file says",
 }
 TOOLS = {
+    "upscale": "upscale image files with the shipped weights or any network",
     "prepare": "turn a folder of photographs into training data or a benchmark set",
     "compare": "score networks on test sets: the paper's Table 1 and Figure 3",
     "benchmark": "time training with stock BasicSR and with an option file's own model type",

@@ -373,7 +373,7 @@ def check(opt: Options) -> Iterator[str]:
         or (opt["auto_resume"] and newest_states(opt["path"]["training_states"]))
     )
     for key in [key for key in opt if key.startswith("network_")]:
-        yield from _check_network(opt, key, ignore_checkpoint=bool(resuming))
+        yield from check_network(opt, key, ignore_checkpoint=bool(resuming))
 
     if not opt["datasets"]:
         yield "datasets: is empty"
@@ -472,7 +472,7 @@ def check_call(
             yield f"{where}: {kind} needs {key}"
 
 
-def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[str]:
+def check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[str]:
     faults = list(check_call(key, ARCH_REGISTRY, opt[key]))
     if faults:
         yield from faults

@@ -1,0 +1,388 @@
+"""`mlrn upscale` and `Upscaler`: against the network itself, and against other readers of files."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from basicsr.archs import build_network
+from conftest import SHARED, write_yaml
+from PIL import Image, ImageCms, ImageOps
+
+from mlrn_arch import Upscaler, cli, weights
+from mlrn_arch.errors import UserError
+from mlrn_arch.tools import image_files, upscale
+
+TINY = {"type": "MLRN", "upscale": 2, "num_feat": 8, "num_block": 1, "esa_feat": 4}
+ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_network(dict(TINY)).eval()
+
+
+@pytest.fixture(scope="module")
+def option_file(network, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("network")
+    torch.save({"params": network.state_dict()}, folder / "net.pth")
+    path = {"pretrain_network_g": str(folder / "net.pth")}
+    return write_yaml(folder / "net.yml", {"scale": 2, "network_g": TINY, "path": path})
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path, option_file):
+    """Run `mlrn upscale ARGUMENTS` by the tiny network; returns exit code, stdout and stderr."""
+
+    def call(*arguments, network=("--opt", option_file)) -> tuple[int, str, str]:
+        plain = ("--backend", "torch", "--device", "cpu")
+        words = ["mlrn", "upscale", *map(str, arguments), *network, *plain]
+        monkeypatch.setattr("sys.argv", words)
+        monkeypatch.chdir(tmp_path)
+        code = cli.main()
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def smooth(height: int, width: int, channels: int, top: int = 255) -> np.ndarray:
+    """A made image with edges and gradients, (h, w, c), uint8 or uint16."""
+    generator = np.random.default_rng(0)
+    coarse = generator.random((height // 6 + 2, width // 6 + 2, channels))
+    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+    return (image.reshape(height, width, channels) * top).astype(
+        np.uint8 if top == 255 else np.uint16
+    )
+
+
+def direct(network, image: np.ndarray) -> np.ndarray:
+    """What the network makes of an RGB image in [0, 1], (h, w, 3): float64, not rounded."""
+    x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()[None]
+    with torch.no_grad():
+        return network(x)[0].permute(1, 2, 0).double().numpy()
+
+
+def rounded(values: np.ndarray, top: int) -> np.ndarray:
+    return np.clip(np.floor(values * top + 0.5), 0, top)
+
+
+def near(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal but for roundings that fall to the other side."""
+    difference = np.abs(a.astype(np.int64) - b.astype(np.int64))
+    return a.shape == b.shape and difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+# --- arrays and tensors -------------------------------------------------------------------------
+
+
+def test_arrays_and_tensors_equal_the_network(network):
+    upscaler = Upscaler(network, device="cpu", backend="torch")
+    image = smooth(40, 56, 3)
+    expected = direct(network, image / 255)
+    assert upscaler.scale == 2
+    assert near(upscaler(image), rounded(expected, 255))
+    deep = smooth(40, 56, 3, 65535)
+    output = upscaler(deep)
+    assert output.dtype == np.uint16
+    error = output - rounded(direct(network, deep / 65535), 65535)
+    assert np.abs(error).max() <= 2
+    floats = upscaler(image / 255)
+    assert floats.dtype == np.float64 and np.abs(floats - expected).max() < 1e-5
+    batch = torch.rand(2, 3, 30, 41)
+    with torch.no_grad():
+        torch.testing.assert_close(upscaler(batch), network(batch))
+
+
+def test_grey_is_the_mean_of_three_equal_channels(network):
+    grey = smooth(33, 47, 1)[..., 0]
+    expected = direct(network, np.stack([grey] * 3, axis=-1) / 255).mean(axis=-1)
+    output = Upscaler(network, device="cpu", backend="torch")(grey)
+    assert near(output, rounded(expected, 255))
+
+
+def test_self_ensemble_is_the_mean_over_eight_transforms(network):
+    image = smooth(40, 56, 3) / 255
+    views = []
+    for turns in range(4):
+        views.append(np.rot90(direct(network, np.rot90(image, turns)), -turns))
+        flipped = direct(network, np.rot90(image, turns)[:, ::-1])[:, ::-1]
+        views.append(np.rot90(flipped, -turns))
+    output = Upscaler(network, device="cpu", backend="torch", self_ensemble=True)(image)
+    assert np.abs(output - np.mean(views, axis=0)).max() < 1e-5
+    assert np.abs(output - direct(network, image)).max() > 1e-4
+
+
+def test_invisible_colours_do_not_bleed_and_opaque_stays_opaque(network):
+    """Red in a circle; what lies invisibly around it must not matter."""
+    rgba = np.zeros((48, 48, 4), np.uint8)
+    y, x = np.mgrid[:48, :48]
+    inside = (y - 24) ** 2 + (x - 24) ** 2 < 200
+    rgba[inside] = (220, 20, 20, 255)
+    green = rgba.copy()
+    green[~inside] = (0, 255, 0, 0)
+    upscaler = Upscaler(network, device="cpu", backend="torch")
+    ours, theirs = upscaler(rgba), upscaler(green)
+    np.testing.assert_array_equal(ours, theirs)
+    expected = direct(network, np.stack([rgba[..., 3]] * 3, axis=-1) / 255).mean(axis=-1)
+    assert near(ours[..., 3], rounded(expected, 255))
+
+    opaque = np.dstack([smooth(48, 48, 3), np.full((48, 48), 255, np.uint8)])
+    output = upscaler(opaque)
+    assert (output[..., 3] == 255).all()
+    np.testing.assert_array_equal(output[..., :3], upscaler(opaque[..., :3].copy()))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (7, 3)])
+def test_tiny_images(network, size):
+    image = smooth(*size, 3)
+    output = Upscaler(network, device="cpu", backend="torch")(image)
+    mirrored = np.pad(image, [(0, max(0, 24 - side)) for side in size] + [(0, 0)], "symmetric")
+    expected = direct(network, mirrored / 255)[: 2 * size[0], : 2 * size[1]]
+    assert near(output, rounded(expected, 255))
+
+
+def test_networks_for_y_keep_the_colours_of_bicubic(tmp_path):
+    torch.manual_seed(0)
+    network = build_network({"type": "SRCNN", "upscale": 2})
+    image = smooth(30, 40, 3) / 255
+    output = Upscaler(network, device="cpu", backend="torch")(image)
+    bicubic = direct(build_network({"type": "Bicubic", "upscale": 2}), image)
+    # Full-range BT.601, by OpenCV: the chroma of both is the same, the luma is not.
+    ours, theirs = (
+        cv2.cvtColor(a.astype(np.float32), cv2.COLOR_RGB2YCrCb) for a in (output, bicubic)
+    )
+    assert np.abs(ours - theirs)[..., 1:].max() < 2e-3
+    luma = np.float32([[[65.481, 128.553, 24.966]]])
+    with torch.no_grad():
+        y = network(torch.from_numpy(((image * luma).sum(-1) + 16) / 255).float()[None, None])
+    assert np.abs(((output * luma).sum(-1) + 16) / 255 - y[0, 0].numpy()).max() < 1e-4
+
+
+# --- tiles --------------------------------------------------------------------------------------
+
+
+def test_tiles_of_a_local_network_leave_no_trace():
+    """Bicubic looks two pixels far: tiles must give the whole image's output, to float rounding."""
+    image = smooth(301, 217, 3) / 255
+    network = build_network({"type": "Bicubic", "upscale": 3})
+    output = Upscaler(network, device="cpu", backend="torch", tile=96)(image)
+    assert np.abs(output - direct(network, image)).max() < 1e-5
+
+
+@pytest.mark.parametrize("side", [513, 700, 1024, 5000, 12345])
+@pytest.mark.parametrize("tile", [64, 100, 512])
+def test_tiles_cover_a_side_alike_and_overlap(side, tile):
+    starts, length = upscale._cut(side, tile)
+    assert length <= tile and starts[0] == 0 and starts[-1] + length == side
+    shared = [a + length - b for a, b in zip(starts, starts[1:], strict=False)]
+    wanted = min(upscale.OVERLAP, tile // 4)
+    assert min(shared) >= wanted - 1
+    assert all(a + length <= b for a, b in zip(starts, starts[2:], strict=False))
+
+
+@pytest.mark.parametrize("name", ["x2", "x4"])
+def test_tiles_of_the_shipped_networks(name):
+    """The bound that README gives, on a photograph; `--tile` cuts what the default would not."""
+    if weights.info(name)["file"] is None:
+        pytest.skip(f"no weights of {name} are shipped yet")
+    file = SHARED / "data/benchmark/Set14/GTmod2/ppt3.png"
+    if not file.exists():
+        pytest.skip("no ../shared/data/benchmark")
+    image = np.asarray(Image.open(file).convert("RGB"))[:320, :480]
+    image = np.ascontiguousarray(image[:240, :400])
+    tiled = Upscaler(name, device="cpu", tile=256)(image)
+    whole = Upscaler(name, device="cpu", tile=1000)(image)
+    difference = np.abs(tiled.astype(int) - whole)
+    assert 0 < difference.mean() < 1
+    assert difference.max() <= 8
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
+def test_formats(run, tmp_path, network, suffix):
+    file = tmp_path / f"photo{suffix}"
+    kept = {} if suffix == ".bmp" else {"icc_profile": ICC}
+    Image.fromarray(smooth(36, 50, 3)).save(file, **kept)
+    before = file.read_bytes()
+    code, out, err = run(file)
+    assert (code, err) == (0, "") and "1 of 1" in out
+    with Image.open(file) as source, Image.open(tmp_path / f"upscaled/photo_x2{suffix}") as image:
+        assert image.format == source.format
+        assert image.info.get("icc_profile") == kept.get("icc_profile")
+        expected = rounded(direct(network, np.asarray(source.convert("RGB")) / 255), 255)
+        if suffix in (".jpg", ".webp"):
+            assert np.abs(np.asarray(image) - expected).mean() < 4
+        else:
+            assert near(np.asarray(image), expected)
+    assert file.read_bytes() == before
+    assert [f.name for f in (tmp_path / "upscaled").iterdir()] == [f"photo_x2{suffix}"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bits(run, tmp_path, network, suffix, channels):
+    image = smooth(36, 50, channels, 65535)
+    if channels == 4:
+        image[..., 3] = 65535
+    file = tmp_path / f"deep{suffix}"
+    swapped = image[..., [2, 1, 0, 3][:channels]] if channels > 1 else image
+    cv2.imwrite(str(file), swapped)
+    code, _, err = run(file)
+    assert (code, err) == (0, "")
+    output = cv2.imread(str(tmp_path / f"upscaled/deep_x2{suffix}"), cv2.IMREAD_UNCHANGED)
+    assert output.dtype == np.uint16 and output.shape[:2] == (72, 100)
+    rgb = image[..., :3] if channels > 1 else np.repeat(image, 3, axis=-1)
+    expected = direct(network, rgb / 65535)
+    if channels == 1:
+        assert np.abs(output - rounded(expected.mean(-1), 65535)).max() <= 2
+    else:
+        assert np.abs(output[..., 2::-1] - rounded(expected, 65535)).max() <= 2
+        assert channels == 3 or (output[..., 3] == 65535).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["photo.jpg", "deep.png", "deep.tif"])
+def test_orientation_and_exif(run, tmp_path, network, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "A camera"
+    if name == "photo.jpg":
+        image = smooth(30, 44, 3)
+        Image.fromarray(image).save(tmp_path / name, exif=exif, quality=100, subsampling=0)
+    elif name == "deep.png":
+        image = smooth(30, 44, 3, 65535)
+        tags = np.frombuffer(exif.tobytes().removeprefix(b"Exif\0\0"), np.uint8)
+        profile = np.frombuffer(ICC, np.uint8)
+        kinds = [cv2.IMAGE_METADATA_EXIF, cv2.IMAGE_METADATA_ICCP]
+        cv2.imwriteWithMetadata(str(tmp_path / name), image[..., ::-1], kinds, [tags, profile])
+    else:
+        import tifffile
+
+        image = smooth(30, 44, 3, 65535)
+        extra = [(274, "H", 1, orientation, False)]
+        tifffile.imwrite(tmp_path / name, image, photometric="rgb", extratags=extra, iccprofile=ICC)
+    code, _, err = run(name)
+    assert (code, err) == (0, "")
+    # Pillow turns an image of coordinates, ours is to match it.
+    marks = Image.fromarray(np.arange(30 * 44, dtype=np.int32).reshape(30, 44))
+    marks.getexif()[0x0112] = orientation
+    order = np.asarray(ImageOps.exif_transpose(marks))
+    upright = image.reshape(-1, 3)[order]
+    top = np.iinfo(image.dtype).max
+    expected = rounded(direct(network, upright / top), top)
+    output = tmp_path / "upscaled" / f"{name[:-4]}_x2{name[-4:]}"
+    pixels = cv2.imread(str(output), cv2.IMREAD_UNCHANGED)[..., ::-1]
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).mean() < (6 if name == "photo.jpg" else 2)
+    with Image.open(output) as written:
+        assert written.getexif().get(0x0112, 1) == 1
+        if name != "deep.tif":
+            assert written.getexif()[0x010F] == "A camera"
+        assert written.info.get("icc_profile") == (None if name == "photo.jpg" else ICC)
+
+
+def test_grey_palette_and_transparency(run, tmp_path, network):
+    colour = Image.fromarray(smooth(36, 50, 3))
+    colour.convert("L").save(tmp_path / "grey.png")
+    colour.convert("L").convert("1").save(tmp_path / "bits.png")
+    palette = colour.quantize(16)
+    palette.save(tmp_path / "palette.png")
+    palette.save(tmp_path / "holes.png", transparency=3)
+    Image.fromarray(smooth(36, 50, 2)).save(tmp_path / "veil.png")
+    Image.fromarray(smooth(36, 50, 4)).save(tmp_path / "glass.webp", lossless=True)
+    colour.convert("CMYK").save(tmp_path / "print.jpg")
+    code, _, err = run(tmp_path)
+    assert (code, err) == (0, "")
+    modes = {}
+    for file in (tmp_path / "upscaled").iterdir():
+        with Image.open(file) as image:
+            assert image.size == (100, 72)
+            modes[file.name.split("_")[0]] = image.mode
+    assert modes == {
+        "grey": "L", "bits": "L", "palette": "RGB", "holes": "RGBA", "veil": "LA",
+        "glass": "RGBA", "print": "RGB",
+    }  # fmt: skip
+    with Image.open(tmp_path / "upscaled/palette_x2.png") as image:
+        expected = direct(network, np.asarray(palette.convert("RGB")) / 255)
+        assert near(np.asarray(image), rounded(expected, 255))
+
+
+def test_what_is_there_is_kept_and_what_is_bad_is_named(run, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray(smooth(30, 30, 3)).save(photos / "good.png")
+    Image.fromarray(smooth(30, 30, 4)).save(photos / "glass.png")
+    whole = (photos / "good.png").read_bytes()
+    (photos / "torn.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "text.jpg").write_text("no image")
+    code, out, err = run(photos, "absent.png", "-o", "large", "--format", "jpg")
+    assert code == 1 and "1 of 5" in out
+    assert len(err.splitlines()) == 4 and "Traceback" not in err
+    for name in ("torn.png", "text.jpg", "glass.png", "absent.png"):
+        assert sum(name in line for line in err.splitlines()) == 1
+    assert [f.name for f in (tmp_path / "large").iterdir()] == ["good_x2.jpg"]
+
+    output = tmp_path / "large/good_x2.jpg"
+    output.write_bytes(b"mine")
+    code, _, err = run(photos / "good.png", "-o", "large", "--format", "jpg")
+    assert code == 2 and "--overwrite" in err and output.read_bytes() == b"mine"
+    code, _, err = run(photos / "good.png", "-o", "large", "--format", "jpg", "--overwrite")
+    assert (code, err) == (0, "") and output.read_bytes() != b"mine"
+    code, _, err = run(photos / "good.png", "-o", photos / "good.png", "--overwrite")
+    assert code == 2 and "is an input" in err
+    assert (photos / "good.png").read_bytes() == whole
+
+
+def test_two_inputs_for_one_output(run, tmp_path):
+    for suffix in (".png", ".bmp"):
+        Image.fromarray(smooth(30, 30, 3)).save(tmp_path / f"a{suffix}")
+    code, _, err = run("a.*", "--format", "png")
+    assert code == 2 and "a.bmp and a.png would both become" in err
+    assert not (tmp_path / "upscaled").exists()
+    code, out, _ = run("a.*", "a.png")
+    assert code == 0 and "2 of 2" in out
+
+
+def test_a_failure_in_the_middle_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    Image.fromarray(smooth(30, 30, 3)).save(tmp_path / "a.png")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(image_files.os, "replace", full)
+    code, _, err = run("a.png")
+    assert code == 2 and "No space left" in err
+    assert not list((tmp_path / "upscaled").iterdir())
+
+
+def test_an_output_beyond_memory_is_refused(run, tmp_path, monkeypatch):
+    Image.fromarray(smooth(30, 30, 3)).save(tmp_path / "a.png")
+    monkeypatch.setattr(upscale, "free_memory", lambda: 14000)  # 60 x 60 x 4 bytes are more
+    code, _, err = run("a.png")
+    assert code == 2 and "60x60" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--opt", "{opt}", "--scale", "2"], "--scale"),
+        (["--opt", "absent.yml"], "absent.yml"),
+        (["--scale", "2", "--weights", "absent.pth"], "absent.pth"),
+        (["--scale", "2", "--weights", "{net}"], "is not a checkpoint of this MLRN"),
+        (["--opt", "{opt}", "--tile", "10"], "64"),
+        (["--opt", "{opt}", "--quality", "0"], "--quality"),
+    ],
+)
+def test_mistakes(run, tmp_path, option_file, arguments, told):
+    Image.fromarray(smooth(30, 30, 3)).save(tmp_path / "a.png")
+    names = {"opt": option_file, "net": option_file.replace("net.yml", "net.pth")}
+    code, _, err = run("a.png", network=[word.format(**names) for word in arguments])
+    assert code == 2 and told in err and len(err.splitlines()) == 1
+
+
+def test_networks_that_make_no_image_of_an_image():
+    with pytest.raises(UserError, match="does not upscale"):
+        Upscaler(torch.nn.Conv2d(3, 5, 3))
