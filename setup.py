@@ -26,11 +26,12 @@ setup(
         "lmdb",
         "matplotlib",
         "numpy",
-        "opencv-python",
+        "opencv-python>=4.13",  # writes colour profile and EXIF into 16-bit PNG
         "pillow",
         "pyyaml",
         "scikit-image",
         "torch>=2.6",  # loads checkpoints without running code from them by default
+        "tifffile",
         "torchvision",
         "tqdm",
     ],

@@ -5,9 +5,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from basicsr.archs import build_network
-from conftest import SHARED, write_yaml
+from conftest import write_yaml
 from PIL import Image, ImageCms, ImageOps
 
 from mlrn_arch import Upscaler, cli, weights
@@ -167,36 +168,51 @@ def test_tiles_of_a_local_network_leave_no_trace():
     """Bicubic looks two pixels far: tiles must give the whole image's output, to float rounding."""
     image = smooth(301, 217, 3) / 255
     network = build_network({"type": "Bicubic", "upscale": 3})
-    output = Upscaler(network, device="cpu", backend="torch", tile=96)(image)
+    output = Upscaler(network, device="cpu", backend="torch", tile=192)(image)
     assert np.abs(output - direct(network, image)).max() < 1e-5
 
 
 @pytest.mark.parametrize("side", [513, 700, 1024, 5000, 12345])
-@pytest.mark.parametrize("tile", [64, 100, 512])
+@pytest.mark.parametrize("tile", [192, 200, 512])
 def test_tiles_cover_a_side_alike_and_overlap(side, tile):
     starts, length = upscale._cut(side, tile)
     assert length <= tile and starts[0] == 0 and starts[-1] + length == side
     shared = [a + length - b for a, b in zip(starts, starts[1:], strict=False)]
-    wanted = min(upscale.OVERLAP, tile // 4)
-    assert min(shared) >= wanted - 1
+    assert min(shared) >= upscale.OVERLAP - 6
+    assert not any(start % 6 for start in (*starts, side - length))
     assert all(a + length <= b for a, b in zip(starts, starts[2:], strict=False))
 
 
-@pytest.mark.parametrize("name", ["x2", "x4"])
+@pytest.mark.parametrize(
+    ("kind", "self_ensemble"), [("MLRN", False), ("MLRN", True), ("RLFN", False)]
+)
+def test_tiles_of_a_network_with_esa(kind, self_ensemble):
+    """ESA stretches a coarse map over the whole image; tiles must show none of their borders."""
+    torch.manual_seed(0)
+    network = build_network({"type": kind, "upscale": 2, "num_feat": 8, "num_block": 1}).eval()
+    for name, parameter in network.named_parameters():
+        if "esa" in name:  # untrained, the attention hardly differs from place to place
+            parameter.data *= 3
+    image = smooth(230, 270, 3) / 255
+    plain = {"device": "cpu", "backend": "torch", "self_ensemble": self_ensemble}
+    whole = Upscaler(network, **plain)(image)
+    difference = np.abs(Upscaler(network, **plain, tile=192)(image) - whole) * 255
+    assert difference.mean() < 0.01 and difference.max() < 1
+
+
+@pytest.mark.parametrize("name", ["x2", "x3", "x4"])
 def test_tiles_of_the_shipped_networks(name):
-    """The bound that README gives, on a photograph; `--tile` cuts what the default would not."""
+    """The figure of README: eight bits of a photograph in tiles and as a whole."""
     if weights.info(name)["file"] is None:
         pytest.skip(f"no weights of {name} are shipped yet")
-    file = SHARED / "data/benchmark/Set14/GTmod2/ppt3.png"
-    if not file.exists():
-        pytest.skip("no ../shared/data/benchmark")
-    image = np.asarray(Image.open(file).convert("RGB"))[:320, :480]
-    image = np.ascontiguousarray(image[:240, :400])
-    tiled = Upscaler(name, device="cpu", tile=256)(image)
-    whole = Upscaler(name, device="cpu", tile=1000)(image)
-    difference = np.abs(tiled.astype(int) - whole)
-    assert 0 < difference.mean() < 1
-    assert difference.max() <= 8
+    image = cv2.cvtColor(skimage.data.coffee()[100:250, 100:360], cv2.COLOR_RGB2BGR)
+    tiled, whole = (
+        Upscaler(name, device="cpu", backend="torch", tile=tile)(image).astype(int)
+        for tile in (200, 1000)
+    )
+    difference = np.abs(tiled - whole)
+    print(f"{name}: mean {difference.mean():.4f}/255, max {difference.max()}/255")
+    assert difference.mean() < 0.01 and difference.max() <= 1
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -215,7 +231,7 @@ def test_formats(run, tmp_path, network, suffix):
         assert image.info.get("icc_profile") == kept.get("icc_profile")
         expected = rounded(direct(network, np.asarray(source.convert("RGB")) / 255), 255)
         if suffix in (".jpg", ".webp"):
-            assert np.abs(np.asarray(image) - expected).mean() < 4
+            assert np.abs(np.asarray(image) - expected).mean() < 8
         else:
             assert near(np.asarray(image), expected)
     assert file.read_bytes() == before
@@ -372,7 +388,7 @@ def test_an_output_beyond_memory_is_refused(run, tmp_path, monkeypatch):
         (["--opt", "absent.yml"], "absent.yml"),
         (["--scale", "2", "--weights", "absent.pth"], "absent.pth"),
         (["--scale", "2", "--weights", "{net}"], "is not a checkpoint of this MLRN"),
-        (["--opt", "{opt}", "--tile", "10"], "64"),
+        (["--opt", "{opt}", "--tile", "10"], "192"),
         (["--opt", "{opt}", "--quality", "0"], "--quality"),
     ],
 )

@@ -28,16 +28,18 @@ from tqdm import tqdm
 
 from mlrn_arch import backends, options, weights
 from mlrn_arch.archs.bicubic_arch import upsample_bicubic
+from mlrn_arch.archs.esa import ESA, STRIDE, OnTile
 from mlrn_arch.errors import UserError
 from mlrn_arch.models.fast_sr_model import DTYPES
 from mlrn_arch.tools import image_files
 from mlrn_arch.tools.image_files import BadImage
 from mlrn_arch.tools.profile import count
 
-OVERLAP = 32  # input pixels that neighbouring tiles share
-TILE = {"cpu": 512, "cuda": 1024}  # larger ones are no quicker
-MIN_TILE = 64
+OVERLAP = 64  # input pixels that neighbouring tiles share; figures in README
+TILE = 1024  # pixels a side; larger ones are no quicker
+MIN_TILE = 192
 MIN_SIZE = 24  # what MLRN's ESA needs in every back end, with room
+Place = tuple[tuple[int, int], tuple[int, int]]  # start and side of the image, by rows and columns
 FORMATS = ("png", "jpg", "webp", "bmp", "tiff")
 
 
@@ -89,7 +91,8 @@ class Upscaler:
         # Bytes an input pixel: what one pass holds, and as much again for a back end's own needs.
         shape = (1, self.channels, MIN_TILE, MIN_TILE)
         self._bytes = 2 * count(self.network, shape, self.scale)["peak_bytes"] / MIN_TILE**2
-        self._run = backends.load(self.network, backend, device, precision)
+        self._load = lambda network: backends.load(network, backend, device, precision)
+        self._run, self._run_tile = self._load(self.network), None
 
     def __call__(self, image: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """Upscale an image, or a batch of images.
@@ -125,7 +128,6 @@ class Upscaler:
             y += len(band)
         return output.reshape(*output.shape[:2], *array.shape[2:])
 
-    @torch.no_grad()
     def bands(self, image: Tensor, progress: Callable[[int], None] = int) -> Iterator[Tensor]:
         """Upscale an image piece by piece, so that its output need not be held in float.
 
@@ -133,7 +135,7 @@ class Upscaler:
             image: (h, w, c), uint8, uint16 or floating-point in [0, 1].
             progress: Called after every tile with the number of input pixels that are done.
 
-        Yields:
+        Returns:
             The rows of the output from top to bottom, (rows, w * scale, c), float32, nominally in
             [0, 1].
 
@@ -144,14 +146,26 @@ class Upscaler:
         if not known or image.ndim != 3 or not 1 <= image.shape[2] <= 4 or not image.numel():
             shape = tuple(image.shape)
             raise ValueError(f"an image of {shape} and {image.dtype} is none that can be upscaled")
-        s, tile = self.scale, self.tile or self._choose_tile()
+        # Here, not in the generator: before its caller allocates the output.
+        return self._bands(image, self.tile or self._choose_tile(image), progress)
+
+    @torch.no_grad()
+    def _bands(self, image: Tensor, tile: int, progress: Callable[[int], None]) -> Iterator[Tensor]:
+        s = self.scale
         ys, height = _cut(image.shape[0], tile)
         xs, width = _cut(image.shape[1], tile)
+        knows_place = any(isinstance(module, ESA) for module in self.network.modules())
+        if knows_place and len(ys) * len(xs) > 1 and self._run_tile is None:
+            self._run_tile = self._load(OnTile(self.network))
         done, above = 0, None
         for i, y in enumerate(ys):
             strip = torch.empty(0)
             for j, x in enumerate(xs):
-                output = self._tile(image[y : y + height, x : x + width])
+                place = ((y, image.shape[0]), (x, image.shape[1]))
+                output = self._tile(
+                    image[y : y + height, x : x + width],
+                    place if knows_place and len(ys) * len(xs) > 1 else None,
+                )
                 start = 0
                 if j == 0:
                     size = (height * s, image.shape[1] * s, image.shape[2])
@@ -171,13 +185,21 @@ class Upscaler:
             above = strip[rows:].clone()
             yield strip[:rows]
 
-    def _choose_tile(self) -> int:
+    def _choose_tile(self, image: Tensor) -> int:
+        """The longest side of a tile that needs no more than half of what the output leaves."""
+        height, width, channels = image.shape
         device = self._device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-        fits = math.isqrt(int(free / 4 / self._bytes))  # the output needs the rest
-        return max(MIN_TILE, min(TILE.get(device.type, TILE["cpu"]), fits // 32 * 32))
+        output = height * width * self.scale**2 * max(4, channels * image.element_size())
+        if device.type == "cpu":
+            free -= output
+        row = 6 * width * channels * self.scale**2  # float32, and a half more to round them
+        tile = TILE
+        while tile > MIN_TILE and 2 * (tile * tile * self._bytes + tile * row) > free:
+            tile -= 32
+        return tile
 
-    def _tile(self, tile: Tensor) -> Tensor:
+    def _tile(self, tile: Tensor, place: Place | None) -> Tensor:
         """(h, w, c) of any kind -> (h * scale, w * scale, c), float32."""
         x = tile.movedim(-1, 0)[None].to(torch.float32)
         if not tile.is_floating_point():
@@ -185,65 +207,84 @@ class Upscaler:
         colours = x.shape[1] - (x.shape[1] in (2, 4))
         x, alpha = x[:, :colours], x[:, colours:]
         if not alpha.numel():
-            return self._colours(x)[0].movedim(0, -1)
+            return self._colours(x, place)[0].movedim(0, -1)
         size = (tile.shape[0] * self.scale, tile.shape[1] * self.scale)
         if alpha.min() == alpha.max():  # most tiles; and a network would not keep it exactly even
-            y = self._colours(x) if alpha.any() else x.new_zeros(1, colours, *size)
+            y = self._colours(x, place) if alpha.any() else x.new_zeros(1, colours, *size)
             y_alpha = alpha.flatten()[0].expand(1, 1, *size).to(y.device)
         else:
             # Alpha goes through the network as well: edges of colour and of transparency stay as
             # sharp as each other. Premultiplied, for what is invisible must not bleed into view.
-            y_alpha = self._colours(alpha).clamp(0, 1)
-            y = (self._colours(x * alpha) / y_alpha.clamp(min=1 / 255)).clamp(0, 1)
+            y_alpha = self._colours(alpha, place).clamp(0, 1)
+            y = (self._colours(x * alpha, place) / y_alpha.clamp(min=1 / 255)).clamp(0, 1)
         return torch.cat([y, y_alpha], dim=1)[0].movedim(0, -1)
 
-    def _colours(self, x: Tensor) -> Tensor:
+    def _colours(self, x: Tensor, place: Place | None) -> Tensor:
         """Grey or RGB, (1, 1 or 3, h, w), by a network for RGB or for Y."""
         if x.shape[1] == 1:
-            return self._colours(x.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
+            return self._colours(x.expand(-1, 3, -1, -1), place).mean(1, keepdim=True)
         if self.channels == 3:
-            return self._ensemble(x)
+            return self._ensemble(x, place)
         # What the network adds to Y is added to R, G and B alike: Cb and Cr stay bicubic.
         luma = rgb2ycbcr_pt(x, y_only=True)
-        y = self._ensemble(luma)
+        y = self._ensemble(luma, place)
         gain = y - upsample_bicubic(luma, self.scale).to(y.device)
         return upsample_bicubic(x, self.scale).to(y.device) + gain * (255 / 219)
 
-    def _ensemble(self, x: Tensor) -> Tensor:
+    def _ensemble(self, x: Tensor, place: Place | None) -> Tensor:
         height, width = x.shape[-2:]
         for dim, side in ((-2, height), (-1, width)):
             if side < MIN_SIZE:  # continue it as in mirrors, the edge repeated
                 i = torch.arange(MIN_SIZE, device=x.device) % (2 * side)
                 x = x.index_select(dim, torch.minimum(i, 2 * side - 1 - i))
         if not self.self_ensemble:
-            y = self._run(x)
+            y = self._forward(x, place)
         else:
             y = 0
-            for turns in range(4):
-                turned = torch.rot90(x, turns, (-2, -1))
-                y = y + torch.rot90(self._run(turned.contiguous()), -turns, (-2, -1))
-                flipped = self._run(turned.flip(-1).contiguous()).flip(-1)
-                y = y + torch.rot90(flipped, -turns, (-2, -1))
+            for flips in ([], [-2], [-1], [-2, -1]):
+                view = place and tuple(
+                    (side - start - x.shape[dim] if dim in flips else start, side)
+                    for dim, (start, side) in zip((-2, -1), place, strict=True)
+                )
+                flipped = x.flip(flips)
+                y = y + self._forward(flipped, view).flip(flips)
+                y = y + self._forward(flipped.mT, view and view[::-1]).mT.flip(flips)
             y = y / 8
         return y[..., : height * self.scale, : width * self.scale].to(torch.float32)
 
+    def _forward(self, x: Tensor, place: Place | None) -> Tensor:
+        if place is None:
+            return self._run(x.contiguous())
+        shifts = [
+            OnTile.shifts(start, length, side)
+            for (start, side), length in zip(place, x.shape[-2:], strict=True)
+        ]
+        planes = torch.stack(torch.meshgrid(*shifts, indexing="ij"))[None]
+        return self._run_tile(torch.cat([x, planes.to(x.device)], dim=1))
+
 
 def quantise(band: Tensor, dtype: np.dtype) -> np.ndarray:
-    """Values in [0, 1] as numbers of `dtype`, rounded and clamped if it is of integers."""
+    """Values in [0, 1], which are overwritten, as `dtype`; rounded and clamped for integers."""
     if np.issubdtype(dtype, np.integer):
         top = np.iinfo(dtype).max
-        band = band.mul(top).round_().clamp_(0, top)
+        band = band.mul_(top).round_().clamp_(0, top)
     return band.cpu().numpy().astype(dtype)
 
 
 def _cut(side: int, tile: int) -> tuple[list[int], int]:
-    """Where tiles start along a side, and their length there: all alike, no longer than needed."""
+    """Where tiles start along a side, and their length there: all alike, no longer than needed.
+
+    The distance from either border of the image is a multiple of ESA's stride.
+    """
     if side <= tile:
         return [0], side
-    overlap = min(OVERLAP, tile // 4)
-    number = math.ceil((side - overlap) / (tile - overlap))
-    length = min(tile, math.ceil((side + (number - 1) * overlap) / number / 8) * 8)
-    return [round(i * (side - length) / (number - 1)) for i in range(number)], length
+    number, length = 1, side
+    while length > tile:
+        number += 1
+        length = math.ceil((side + (number - 1) * OVERLAP) / number)
+        length += (side - length) % STRIDE
+    strides = (side - length) // STRIDE
+    return [round(i * strides / (number - 1)) * STRIDE for i in range(number)], length
 
 
 def _ramp(size: int, like: Tensor) -> Tensor:
