@@ -154,7 +154,8 @@ class Upscaler:
         s = self.scale
         ys, height = _cut(image.shape[0], tile)
         xs, width = _cut(image.shape[1], tile)
-        knows_place = any(isinstance(module, ESA) for module in self.network.modules())
+        has_esa = any(isinstance(module, ESA) for module in self.network.modules())
+        knows_place = has_esa and self.channels == 3
         if knows_place and len(ys) * len(xs) > 1 and self._run_tile is None:
             self._run_tile = self._load(OnTile(self.network))
         done, above = 0, None
