@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import cv2
 import numpy as np
 import pytest
@@ -231,7 +233,11 @@ def test_formats(run, tmp_path, network, suffix):
         assert image.info.get("icc_profile") == kept.get("icc_profile")
         expected = rounded(direct(network, np.asarray(source.convert("RGB")) / 255), 255)
         if suffix in (".jpg", ".webp"):
-            assert np.abs(np.asarray(image) - expected).mean() < 8
+            encoded = io.BytesIO()
+            best = Image.fromarray(expected.astype(np.uint8))
+            best.save(encoded, image.format, quality=95, subsampling=0)
+            with Image.open(encoded) as lossy:
+                assert np.abs(np.asarray(image) - np.asarray(lossy, int)).mean() < 0.5
         else:
             assert near(np.asarray(image), expected)
     assert file.read_bytes() == before
