@@ -18,10 +18,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from mlrn_arch.archs.esa import ESA
+from mlrn_arch.archs.esa import ESA, OnTile
 from mlrn_arch.errors import UserError
 from mlrn_arch.models.fast_sr_model import DTYPES
-from mlrn_arch.options import _cpu_computes_in_bf16
+from mlrn_arch.options import cpu_computes_in_bf16
 
 if TYPE_CHECKING:
     import onnx
@@ -69,6 +69,8 @@ def import_openvino() -> ModuleType:
 
 def channels(network: nn.Module) -> int:
     """How many channels a network takes: those of its first convolution, 3 without one."""
+    if isinstance(network, OnTile):
+        return network.channels
     convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
     return next((m.in_channels for m in convolutions), 3)
 
@@ -144,7 +146,7 @@ def _torch(network: nn.Module, device: torch.device, precision: str) -> Callable
     # No torch.compile: on two CPU cores compiling takes 20 s, and OpenVINO is quicker after it.
     if precision == "auto":
         lower = "bf16" if device.type == "cpu" else "fp16"
-        precision = lower if device.type != "cpu" or _cpu_computes_in_bf16() else "fp32"
+        precision = lower if device.type != "cpu" or cpu_computes_in_bf16() else "fp32"
     # Autocast, for it leaves the bilinear branch and the sum with it in fp32: in bf16 they would
     # round the output to 8 bits.
     cast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")

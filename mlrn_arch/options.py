@@ -333,7 +333,7 @@ def _adapt(opt: Options) -> list[str]:
         if workers > cores:
             notes.append(f"datasets:{key}:num_worker_per_gpu: {workers} -> {cores}: all cores")
             dataset["num_worker_per_gpu"] = cores
-    slow = opt["num_gpu"] == 0 and not _cpu_computes_in_bf16()
+    slow = opt["num_gpu"] == 0 and not cpu_computes_in_bf16()
     for section in ("train", "val"):
         if slow and (opt.get(section) or {}).get("precision", "fp32") != "fp32":
             notes.append(f"{section}:precision: fp32: this CPU only emulates a lower one, slowly")
@@ -343,7 +343,8 @@ def _adapt(opt: Options) -> list[str]:
     return notes
 
 
-def _cpu_computes_in_bf16() -> bool:
+def cpu_computes_in_bf16() -> bool:
+    """Whether bf16 is more than an emulation on this CPU."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11 or so
     return capabilities.get("avx512_bf16", True) or capabilities.get("amx_bf16", True)
 
@@ -494,28 +495,96 @@ def check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[s
     path = opt["path"].get(f"pretrain_{key}")
     if path is None or ignore_checkpoint:
         return
-    if path.startswith(weights.PREFIX):
-        try:
-            weights.path(path)
-        except ValueError as error:
-            yield f"{where}: {error}"
-        return
     suffix = key.split("_", 1)[1]
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        yield f"{where}: no such file {path}"
-        return
-    except Exception as error:  # torn, foreign or unsafe: torch tells them in many ways
-        yield f"{where}: {path} is no whole PyTorch checkpoint ({str(error).splitlines()[0]})"
+        checkpoint = _load_checkpoint(path)
+    except UserError as error:
+        yield f"{where}: {error}"
         return
     param_key = opt["path"].get(f"param_key_{suffix}", "params")
-    if isinstance(state := checkpoint, dict):
-        state = checkpoint.get(param_key, checkpoint.get("params", checkpoint))
+    state = checkpoint.get(param_key, checkpoint.get("params", checkpoint))
     if not isinstance(state, dict):
         yield f"{where}: {path} holds no state dict; give a checkpoint of the network"
     elif opt["path"].get(f"strict_load_{suffix}", True):
         yield from _misfits(where, path, network, state)
+
+
+def _load_checkpoint(path: str) -> Options:
+    """Load a checkpoint, `mlrn://` names included, without running code from it.
+
+    Raises:
+        UserError: No such file or name, or it is no checkpoint.
+    """
+    try:
+        file = weights.path(path) if path.startswith(weights.PREFIX) else os.path.expanduser(path)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no such file {path}") from None
+    except Exception as error:  # torn, foreign or unsafe: torch tells them in many ways
+        if path.startswith(weights.PREFIX):
+            raise UserError(str(error)) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no whole PyTorch checkpoint ({reason})") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds no state dict; give a checkpoint of the network")
+    return checkpoint
+
+
+def load_network(
+    source: str | None, checkpoint: str | None = None
+) -> tuple[torch.nn.Module, Options]:
+    """Build a network with its weights, EMA weights if the checkpoint has them.
+
+    Args:
+        source: A shipped network, such as `x4`; an option file; or None, for the network of which
+            `checkpoint` is.
+        checkpoint: Replaces the weights of `source`. With a shipped network's name it may be of
+            any MLRN of that scale.
+
+    Returns:
+        The network, in evaluation mode on the CPU, and its section `network_g`.
+
+    Raises:
+        UserError: There is no such network, or its weights are missing or another's.
+    """
+    path: Options = {}
+    if source is not None and source.endswith((".yml", ".yaml")):
+        opt = load_yaml(source)
+        network_g, path = opt.get("network_g"), opt.get("path") or {}
+        if not isinstance(network_g, dict):
+            raise UserError(f"{source} has no section network_g, so there is no network in it")
+        checkpoint = checkpoint or path.get("pretrain_network_g")
+    else:
+        try:
+            named = weights.info(source.removeprefix(weights.PREFIX)) if source else None
+            network_g = named["network_g"] if named else None
+            if checkpoint:
+                network_g = weights.deduce(_load_checkpoint(checkpoint))
+            else:
+                checkpoint = weights.path(source)
+        except ValueError as error:
+            where = f"{checkpoint}: " if checkpoint else ""
+            raise UserError(f"{where}{error}; or name an option file") from None
+        if named and network_g.get("upscale") != named["network_g"]["upscale"]:
+            raise UserError(
+                f"{checkpoint} is of an x{network_g.get('upscale')} network, not x"
+                f"{named['network_g']['upscale']}"
+            )
+    where = f"{source or checkpoint}: network_g"
+    if faults := list(check_network({"network_g": network_g, "path": {}}, "network_g", True)):
+        raise UserError("; ".join(fault.replace("network_g", where, 1) for fault in faults))
+    arguments = {key: value for key, value in network_g.items() if key != "type"}
+    network = ARCH_REGISTRY.get(network_g["type"])(**arguments).eval().requires_grad_(False)
+    if checkpoint is None:
+        if any(True for _ in network.parameters()):
+            raise UserError(f"{source} names no pretrain_network_g; give the weights by --weights")
+        return network, network_g
+    state = weights.state_dict(_load_checkpoint(checkpoint), path.get("param_key_g"))
+    strict = path.get("strict_load_g", True)
+    if strict and (faults := list(_misfits("", checkpoint, network, state))):
+        raise UserError(faults[0].removeprefix(": "))
+    network.load_state_dict(state, strict=strict)
+    return network, network_g
 
 
 def _misfits(where: str, path: str, network: torch.nn.Module, state: Options) -> Iterator[str]:

@@ -13,7 +13,7 @@ from basicsr.archs import build_network
 from conftest import write_yaml
 from PIL import Image, ImageCms, ImageOps
 
-from mlrn_arch import Upscaler, cli, weights
+from mlrn_arch import Upscaler, backends, cli, weights
 from mlrn_arch.errors import UserError
 from mlrn_arch.tools import image_files, upscale
 
@@ -186,10 +186,19 @@ def test_tiles_cover_a_side_alike_and_overlap(side, tile):
 
 
 @pytest.mark.parametrize(
-    ("kind", "self_ensemble"), [("MLRN", False), ("MLRN", True), ("RLFN", False)]
+    ("kind", "self_ensemble", "backend"),
+    [
+        ("MLRN", False, "torch"),
+        ("MLRN", True, "torch"),
+        ("RLFN", False, "torch"),
+        ("MLRN", False, "onnxruntime"),
+        ("MLRN", False, "openvino"),
+    ],
 )
-def test_tiles_of_a_network_with_esa(kind, self_ensemble):
+def test_tiles_of_a_network_with_esa(kind, self_ensemble, backend):
     """ESA stretches a coarse map over the whole image; tiles must show none of their borders."""
+    if backend not in backends.available():
+        pytest.skip(f"{backend} is not installed")
     torch.manual_seed(0)
     network = build_network({"type": kind, "upscale": 2, "num_feat": 8, "num_block": 1}).eval()
     for name, parameter in network.named_parameters():
@@ -198,7 +207,8 @@ def test_tiles_of_a_network_with_esa(kind, self_ensemble):
     image = smooth(230, 270, 3) / 255
     plain = {"device": "cpu", "backend": "torch", "self_ensemble": self_ensemble}
     whole = Upscaler(network, **plain)(image)
-    difference = np.abs(Upscaler(network, **plain, tile=192)(image) - whole) * 255
+    tiled = {**plain, "backend": backend, "precision": "fp32", "tile": 192}
+    difference = np.abs(Upscaler(network, **tiled)(image) - whole) * 255
     assert difference.mean() < 0.01 and difference.max() < 1
 
 
@@ -387,13 +397,22 @@ def test_an_output_beyond_memory_is_refused(run, tmp_path, monkeypatch):
     assert code == 2 and "60x60" in err
 
 
+def test_a_checkpoint_says_which_mlrn_it_is_of(run, tmp_path, network, option_file):
+    image = smooth(30, 40, 3)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    code, _, _ = run("a.png", network=["--weights", option_file.replace("net.yml", "net.pth")])
+    assert code == 0
+    output = np.asarray(Image.open(tmp_path / "upscaled/a_x2.png"))
+    assert near(output, rounded(direct(network, image / 255), 255))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--opt", "{opt}", "--scale", "2"], "--scale"),
         (["--opt", "absent.yml"], "absent.yml"),
         (["--scale", "2", "--weights", "absent.pth"], "absent.pth"),
-        (["--scale", "2", "--weights", "{net}"], "is not a checkpoint of this MLRN"),
+        (["--scale", "4", "--weights", "{net}"], "is of an x2 network, not x4"),
         (["--opt", "{opt}", "--tile", "10"], "192"),
         (["--opt", "{opt}", "--quality", "0"], "--quality"),
     ],

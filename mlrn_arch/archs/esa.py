@@ -73,7 +73,7 @@ def _interpolate(coarse: torch.Tensor, *shifts: torch.Tensor) -> torch.Tensor:
         cells = torch.arange(size, device=shift.device, dtype=torch.float32)
         weight = (1 - (positions[:, None] - cells).abs()).clamp(min=0)
         weights.append(weight.to(coarse.dtype))
-    return weights[0] @ coarse @ weights[1].mT
+    return weights[0] @ coarse @ weights[1].transpose(0, 1)  # OpenVINO does not know mT
 
 
 class OnTile(nn.Module):

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from mlrn_arch import __version__, backends, options, weights
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     }
     backends.need(f"writing {form}", *needed.get(form, []))
 
-    network, network_g = _network(args.source, args.weights)
+    network, network_g = options.load_network(args.source, args.weights)
     write: dict[str, Callable] = {".onnx": _onnx, ".xml": _openvino}
     with _beside(args.output) as folder:
         file = folder / args.output.name
@@ -118,51 +117,6 @@ def _beside(output: Path) -> Iterator[Path]:
                 os.replace(made, output.with_name(made.name))
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from None
-
-
-# --- which network ------------------------------------------------------------------------------
-
-
-def _network(source: str, checkpoint: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the network with its weights; returns it and its section of an option file.
-
-    Raises:
-        UserError: No such network, no weights, or weights of another one.
-    """
-    if source.endswith((".yml", ".yaml")):
-        opt = options.load_yaml(source)
-        network_g = opt.get("network_g")
-        where = f"{source}: network_g"
-        checkpoint = checkpoint or (opt.get("path") or {}).get("pretrain_network_g")
-        if checkpoint is None:
-            raise UserError(f"{source} names no pretrain_network_g; give the weights by --weights")
-    else:
-        try:
-            network_g = weights.info(source.removeprefix(weights.PREFIX))["network_g"]
-            checkpoint = checkpoint or weights.path(source)
-        except ValueError as error:
-            raise UserError(f"{error}, or give an option file (.yml)") from None
-        where = source
-    if faults := list(options.check_call(where, ARCH_REGISTRY, network_g)):
-        raise UserError("; ".join(faults))
-    arguments = {key: value for key, value in network_g.items() if key != "type"}
-    kind = ARCH_REGISTRY.get(network_g["type"])
-    try:
-        network = kind(**arguments)
-    except Exception as error:  # a network may refuse its arguments in any way
-        raise UserError(f"{where}: {kind.__name__} refuses these arguments: {error}") from None
-    try:
-        path = weights.path(checkpoint) if checkpoint.startswith(weights.PREFIX) else checkpoint
-        state = weights.state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {checkpoint}; --weights names another") from None
-    except Exception as error:  # torn, foreign or unsafe: torch tells them in many ways
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{checkpoint} is no whole PyTorch checkpoint ({reason})") from None
-    if faults := list(options._misfits("", checkpoint, network, state)):
-        raise UserError(faults[0].removeprefix(": "))
-    network.load_state_dict(state)
-    return network.eval().requires_grad_(False), network_g
 
 
 # --- forms --------------------------------------------------------------------------------------

@@ -21,12 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from basicsr.utils.color_util import rgb2ycbcr_pt
-from basicsr.utils.registry import ARCH_REGISTRY
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mlrn_arch import backends, options, weights
+from mlrn_arch import backends, options
 from mlrn_arch.archs.bicubic_arch import upsample_bicubic
 from mlrn_arch.archs.esa import ESA, STRIDE, OnTile
 from mlrn_arch.errors import UserError
@@ -36,7 +35,8 @@ from mlrn_arch.tools.image_files import BadImage
 from mlrn_arch.tools.profile import count
 
 OVERLAP = 64  # input pixels that neighbouring tiles share; figures in README
-TILE = 1024  # pixels a side; larger ones are no quicker
+TILE = 1024  # pixels a side
+FEW_PIXELS = 500_000  # which PyTorch has upscaled before another back end is ready
 MIN_TILE = 192
 MIN_SIZE = 24  # what MLRN's ESA needs in every back end, with room
 Place = tuple[tuple[int, int], tuple[int, int]]  # start and side of the image, by rows and columns
@@ -48,8 +48,8 @@ class Upscaler:
 
     Args:
         model: `x2`, `x3` or `x4`, MLRN with the shipped weights; an option file, whose network_g
-            and checkpoint are taken; or a network, (n, 3, h, w) or Y alone, (n, 1, h, w), in
-            [0, 1] -> `scale` times that size.
+            and checkpoint are taken; None, the MLRN of which `weights` are; or a network,
+            (n, 3, h, w) or Y alone, (n, 1, h, w), in [0, 1] -> `scale` times that size.
         weights: A checkpoint that replaces the model's own.
         backend: One of `mlrn_arch.backends.NAMES`; None takes the quickest at hand.
         device: `cpu` or `cuda`; None takes a GPU if there is one.
@@ -67,7 +67,7 @@ class Upscaler:
 
     def __init__(
         self,
-        model: str | os.PathLike | nn.Module = "x4",
+        model: str | os.PathLike | nn.Module | None = "x4",
         *,
         weights: str | os.PathLike | None = None,
         backend: str | None = None,
@@ -82,9 +82,11 @@ class Upscaler:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device {device}: torch finds no GPU here; use cpu")
-        is_network = isinstance(model, nn.Module)
-        network = copy.deepcopy(model) if is_network else _network(str(model), weights)
-        self.network = network.eval().requires_grad_(False)
+        if isinstance(model, nn.Module):
+            self.network = copy.deepcopy(model).eval().requires_grad_(False)
+        else:
+            checkpoint = None if weights is None else str(weights)
+            self.network, _ = options.load_network(model and str(model), checkpoint)
         self.channels, self.scale = _probe(self.network)
         self.tile, self.self_ensemble = tile, self_ensemble
         self._device = torch.device(device)
@@ -308,48 +310,6 @@ def free_memory() -> int:
     return max(free, 0)
 
 
-def _network(model: str, checkpoint: str | os.PathLike | None) -> nn.Module:
-    """Build a network by name or option file, with its weights.
-
-    Raises:
-        UserError: There is no such network, or its weights do not fit.
-    """
-    if model.endswith((".yml", ".yaml")):
-        opt = options.load_yaml(model)
-        if not isinstance(opt.get("network_g"), dict):
-            raise UserError(f"{model} has no section network_g, so there is no network in it")
-        opt["path"] = opt.get("path") or {}
-    else:
-        try:
-            known = weights.info(model.removeprefix(weights.PREFIX))
-            file = checkpoint or weights.path(known["name"])
-        except ValueError as error:
-            raise UserError(f"{error}; a checkpoint of your own: --weights FILE") from None
-        opt = {"network_g": known["network_g"], "path": {"pretrain_network_g": str(file)}}
-    path = opt["path"]
-    if checkpoint:
-        path["pretrain_network_g"] = str(checkpoint)
-    if path.get("pretrain_network_g"):
-        path["pretrain_network_g"] = os.path.expanduser(path["pretrain_network_g"])
-    if faults := list(options.check_network(opt, "network_g", ignore_checkpoint=False)):
-        raise UserError("; ".join(faults))
-    arguments = dict(opt["network_g"])
-    network = ARCH_REGISTRY.get(arguments.pop("type"))(**arguments)
-    file = path.get("pretrain_network_g")
-    if file is None:
-        if any(True for _ in network.parameters()):
-            raise UserError(f"{model} names no checkpoint; give one with --weights FILE")
-        return network
-    if file.startswith(weights.PREFIX):
-        file = weights.path(file)
-    loaded = torch.load(file, map_location="cpu", weights_only=True)
-    # As BasicSR: `params`, unless the option file says otherwise, or a bare state dict.
-    state = loaded.get(path.get("param_key_g", "params"), loaded.get("params", loaded))
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    network.load_state_dict(state, strict=path.get("strict_load_g", True))
-    return network
-
-
 def _probe(network: nn.Module) -> tuple[int, int]:
     """The channels that a network takes, 3 or 1, and its scale, by trying.
 
@@ -388,7 +348,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("upscaled"),
         help="folder for NAME_x4.EXT, or with one input the file itself (default: %(default)s)",
     )
-    add("--scale", type=int, choices=(2, 3, 4), help="of the shipped networks (default: 4)")
+    add("--scale", type=int, choices=(2, 3, 4), help="default: 4, or that of --weights")
     add("--weights", metavar="FILE", help="a checkpoint of your own, of MLRN or of --opt's network")
     add("--opt", metavar="FILE", help="take network and checkpoint of this option file instead")
     add("--format", choices=FORMATS, help="of the outputs (default: that of the input)")
@@ -426,10 +386,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"mlrn upscale: {line}", file=sys.stderr)
     if not inputs:
         return 2
+    pixels = {path: image_files.size(path) for path in inputs}
+    few = sum(pixels.values()) * (8 if args.self_ensemble else 1) < FEW_PIXELS
     upscaler = Upscaler(
-        args.opt or f"x{args.scale or 4}",
+        args.opt or (None if args.weights and not args.scale else f"x{args.scale or 4}"),
         weights=args.weights,
-        backend=args.backend,
+        backend=args.backend or ("torch" if few else None),
         device=args.device,
         precision=args.precision,
         tile=args.tile,
@@ -437,7 +399,7 @@ def run(args: argparse.Namespace) -> int:
     )
     jobs = _outputs(inputs, args, upscaler.scale)
 
-    done, pixels = 0, {path: image_files.size(path) for path in jobs}
+    done = 0
     with tqdm(
         total=sum(pixels.values()), unit="pixel", unit_scale=True, disable=None, dynamic_ncols=True
     ) as bar:

@@ -80,13 +80,15 @@ def create_model(name: str, pretrained: bool = False, **arguments: Any) -> torch
     return network.eval()
 
 
-def state_dict(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+def state_dict(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint as torch loads it: EMA weights if it has them, `module.` off.
 
     Args:
         checkpoint: `{"params": ..., "params_ema": ...}` as BasicSR saves it, or a bare state dict.
+        key: Which of them instead.
     """
-    state = checkpoint.get("params_ema", checkpoint.get("params", checkpoint))
+    keys = [key] if key else ["params_ema", "params"]
+    state = next((checkpoint[k] for k in keys if k in checkpoint), checkpoint)
     if not any(key.startswith("module.") for key in state):
         return state
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
