@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import glob
 import math
 import os
@@ -94,7 +95,15 @@ class Upscaler:
         shape = (1, self.channels, MIN_TILE, MIN_TILE)
         self._bytes = 2 * count(self.network, shape, self.scale)["peak_bytes"] / MIN_TILE**2
         self._load = lambda network: backends.load(network, backend, device, precision)
-        self._run, self._run_tile = self._load(self.network), None
+
+    # Either takes seconds to prepare, and many a run needs one of them.
+    @functools.cached_property
+    def _run(self) -> Callable[[Tensor], Tensor]:
+        return self._load(self.network)
+
+    @functools.cached_property
+    def _run_tile(self) -> Callable[[Tensor], Tensor]:
+        return self._load(OnTile(self.network))
 
     def __call__(self, image: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """Upscale an image, or a batch of images.
@@ -158,8 +167,6 @@ class Upscaler:
         xs, width = _cut(image.shape[1], tile)
         has_esa = any(isinstance(module, ESA) for module in self.network.modules())
         knows_place = has_esa and self.channels == 3
-        if knows_place and len(ys) * len(xs) > 1 and self._run_tile is None:
-            self._run_tile = self._load(OnTile(self.network))
         done, above = 0, None
         for i, y in enumerate(ys):
             strip = torch.empty(0)
