@@ -18,7 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from mlrn_arch.archs.esa import ESA, OnTile
+from mlrn_arch.archs.esa import ESA
+from mlrn_arch.archs.tile import OnTile
 from mlrn_arch.errors import UserError
 from mlrn_arch.models.fast_sr_model import DTYPES
 from mlrn_arch.options import cpu_computes_in_bf16

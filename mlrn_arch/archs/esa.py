@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from types import SimpleNamespace
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 # The stride-2 convolution and the 7-wide pool, both unpadded, leave nothing of fewer pixels.
 MIN_SIZE = 15
-STRIDE, FIRST = 6, 7  # pixels between the centres of coarse features, and where the first one lies
 
 
 class ESA(nn.Module):
@@ -28,7 +24,6 @@ class ESA(nn.Module):
     # For exporters: pads by nothing where nothing is missing, so that a graph without branches
     # is right at every size.
     always_pad = False
-    tile: SimpleNamespace | None = None  # set by OnTile
 
     def __init__(self, num_feat: int, esa_feat: int = 16) -> None:
         super().__init__()
@@ -51,68 +46,13 @@ class ESA(nn.Module):
             padding = (0, torch.sym_max(0, MIN_SIZE - w), 0, torch.sym_max(0, MIN_SIZE - h))
             coarse = F.pad(coarse, padding, mode="replicate")
         coarse = F.max_pool2d(self.conv2(coarse), kernel_size=7, stride=3)
-        coarse = self.refine(coarse)
-        if self.tile is not None:
-            coarse = _interpolate(coarse, *self.tile.shifts)
-        else:
-            coarse = F.interpolate(coarse, size=(h, w), mode="bilinear", align_corners=False)
+        coarse = self.upsample(self.refine(coarse), (h, w))
         return x * torch.sigmoid(self.conv4(coarse + self.conv_f(c1)))
 
     def refine(self, coarse: torch.Tensor) -> torch.Tensor:
         """Map pooled features, (n, esa_feat, h, w), to the same shape; RFDN has more here."""
         return self.conv3(coarse)
 
-
-def _interpolate(coarse: torch.Tensor, *shifts: torch.Tensor) -> torch.Tensor:
-    """Bilinear interpolation of `coarse`, (n, c, h', w'), at the shifts of rows and columns."""
-    weights = []
-    for shift, size in zip(shifts, coarse.shape[-2:], strict=True):
-        # In float32, for positions are larger than what half precision tells apart.
-        pixels = torch.arange(shift.shape[0], device=shift.device, dtype=torch.float32)
-        positions = (pixels - FIRST) / STRIDE + shift.float()
-        cells = torch.arange(size, device=shift.device, dtype=torch.float32)
-        weight = (1 - (positions[:, None] - cells).abs()).clamp(min=0)
-        weights.append(weight.to(coarse.dtype))
-    return weights[0] @ coarse @ weights[1].transpose(0, 1)  # OpenVINO does not know mT
-
-
-class OnTile(nn.Module):
-    """A network with ESA that makes of a tile of an image what it makes of the whole image.
-
-    ESA stretches its coarse map to the borders of its input, so that features are applied up to 6
-    pixels from where they were computed, by their place in the image. This network is told that
-    place; only at the rim of a tile, where it lacks the surroundings, its output is another.
-
-    Args:
-        network: is copied.
-    """
-
-    channels = 5  # of its input
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network)
-        self.tile = SimpleNamespace(shifts=None)
-        for module in self.network.modules():
-            if isinstance(module, ESA):
-                module.tile = self.tile
-
-    @staticmethod
-    def shifts(start: int, length: int, side: int) -> torch.Tensor:
-        """How far ESA moves features along one axis of a tile, (length,), in coarse cells.
-
-        Args:
-            start: first pixel of the tile in the image, a multiple of `STRIDE`.
-            length: pixels of the tile, at least `MIN_SIZE`.
-            side: pixels of the image.
-        """
-        cells = ((side - 3) // 2 + 1 - 7) // 3 + 1
-        pixels = torch.arange(length, dtype=torch.float64)
-        # Where F.interpolate(align_corners=False) looks in the coarse map of the whole image.
-        whole = ((pixels + start + 0.5) * cells / side - 0.5).clamp(0, cells - 1)
-        return (whole - start // STRIDE - (pixels - FIRST) / STRIDE).float()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, 5, h, w): RGB of the tile, and as planes the shifts of its rows and columns."""
-        self.tile.shifts = x[0, 3, :, 0], x[0, 4, 0, :]
-        return self.network(x[:, :3])
+    def upsample(self, coarse: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Stretch `coarse`, (n, esa_feat, h', w'), over `size`, (h, w)."""
+        return F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from mlrn_arch import backends, options
 from mlrn_arch.archs.bicubic_arch import upsample_bicubic
-from mlrn_arch.archs.esa import ESA, STRIDE, OnTile
+from mlrn_arch.archs.esa import ESA
+from mlrn_arch.archs.tile import STRIDE, OnTile
 from mlrn_arch.errors import UserError
 from mlrn_arch.models.fast_sr_model import DTYPES
 from mlrn_arch.tools import image_files
