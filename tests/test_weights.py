@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY, SHARED, mlrn, write_yaml
 
 from mlrn_arch import create_model, weights
@@ -34,8 +35,10 @@ def test_loads_by_name(name):
     )
     assert (output - wanted).abs().mean() < 0.02  # a trained network keeps a ramp a ramp
     known = weights.info(name)
-    assert (REPOSITORY / known["recipe"]).exists()
-    assert known["iterations"] > 0 and known["data"] and known["licence"]
+    recipe = [yaml.safe_load((REPOSITORY / file).read_text()) for file in known["recipe"]]
+    assert known["iterations"] == sum(opt["train"]["total_iter"] for opt in recipe)
+    assert recipe[-1]["network_g"] == known["network_g"]
+    assert known["data"] and known["licence"]
 
 
 def test_unknown_name_tells_the_known_ones():

@@ -32,10 +32,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:16} {entry['iterations']:,} iterations on {entry['data']}")
         for dataset, score in entry["scores"].items():
             line = f"{score['PSNR']:.2f} / {score['SSIM']:.4f}"
-            if paper := (entry["paper"] or {}).get(dataset):
+            if paper := entry["paper"].get(dataset):
                 line += f"   paper {paper['PSNR']:.2f} / {paper['SSIM']:.4f}"
                 line += f"   difference {score['PSNR'] - paper['PSNR']:+.2f}"
                 line += f" / {score['SSIM'] - paper['SSIM']:+.4f}"
             print(f"{'':16} {dataset:6} {line}")
-        for key in ("recipe", "licence", "file"):
-            print(f"{'':16} {key:7} {entry[key]}")
+        print(f"{'':16} recipe  {', then '.join(entry['recipe'])}")
+        print(f"{'':16} licence {entry['licence']}")
+        print(f"{'':16} file    {entry['file']}")

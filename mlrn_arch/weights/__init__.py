@@ -31,9 +31,10 @@ def info(name: str) -> dict[str, Any]:
         name: One of `names()`; `MLRN_` in front may be left out.
 
     Returns:
-        `name`; `network_g`, its section of an option file; `iterations` and `recipe`, how it was
-        trained; `data` and `licence`; `scores`, `{set: {PSNR [dB], SSIM}}` on Y by `mlrn test`,
-        and `paper`, the same as the paper prints it; `file`, the checkpoint, or None.
+        `name`; `network_g`, its section of an option file; `iterations`, of all the option files
+        in `recipe`, with which it was trained one after the other; `data` and `licence`;
+        `scores`, `{set: {PSNR [dB], SSIM}}` on Y by `mlrn test`, and `paper`, the same as the
+        paper prints it; `file`, the checkpoint, or None.
 
     Raises:
         ValueError: No such network.
