@@ -50,10 +50,9 @@ def _missing(*packages: str) -> list[str]:
 def need(what: str, *packages: str) -> None:
     """Raise `UserError`, with the command that installs them, if one of `packages` is missing."""
     if missing := _missing(*packages):
-        extra = {"openvino": "openvino", "safetensors": "safetensors"}.get(missing[0], "onnx")
         raise UserError(
             f"{what} needs {' and '.join(missing)}, which this Python lacks; "
-            f'pip install "mlrn_arch[{extra}]"'
+            f"pip install {' '.join(missing)}"
         )
 
 

@@ -29,6 +29,9 @@ def run(name: str, main: Callable[[], int | None]) -> int:
         if rank == "0" or torch.distributed.is_initialized():
             print(f"{name}{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `mlrn ... | head`; Python would complain once more on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

@@ -1,7 +1,7 @@
 """MLRN for spandrel, the library with which chaiNNer and others load networks.
 
 `install()` once, and `spandrel.ModelLoader` knows MLRN's checkpoints. Not imported by the package
-itself, for it needs spandrel: pip install "mlrn_arch[spandrel]".
+itself, for it needs spandrel.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def test_a_missing_package_is_named_with_its_command(export, trained, monkeypatc
     )
     code, _, err = export("net.yml", "out.onnx")
     assert code == 2
-    assert 'needs onnxscript, which this Python lacks; pip install "mlrn_arch[onnx]"' in err
+    assert "needs onnxscript, which this Python lacks; pip install onnxscript" in err
     assert "onnxruntime" not in backends.available()
 
 
