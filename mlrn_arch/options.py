@@ -202,8 +202,7 @@ def network_by_name(text: str, upscale: int = 4) -> Options:
     except (yaml.YAMLError, ValueError):  # ValueError: 2023-13-01
         raise UserError("write arguments as NAME:ARG=VALUE,ARG=VALUE") from None
     given = {k: float(v) if isinstance(v, str) and _is_number(v) else v for k, v in given.items()}
-    if f"{kind}_basicsr" in ARCH_REGISTRY and kind not in ARCH_REGISTRY:
-        kind = f"{kind}_basicsr"  # BasicSR's name for what Real-ESRGAN registers too
+    kind = _registered(kind, ARCH_REGISTRY)
     section = {**given, "type": kind}
     if kind in ARCH_REGISTRY:
         parameters = inspect.signature(ARCH_REGISTRY.get(kind)).parameters
@@ -450,11 +449,17 @@ def _numbers_as_text(opt: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {opt} is text to YAML; write {float(opt)!r} or !!float {opt}"
 
 
+def _registered(kind: Any, registry: Registry) -> Any:
+    """The name under which BasicSR finds `kind`: its own for what Real-ESRGAN registers too."""
+    own = f"{kind}_basicsr"
+    return own if own in registry and kind not in registry else kind
+
+
 def check_call(
     where: str, registry: Registry, opt: Any, others: Options | None = None
 ) -> Iterator[str]:
     """Check `type` against a registry and the other keys against what that type takes."""
-    kind = opt.get("type") if isinstance(opt, dict) else None
+    kind = _registered(opt.get("type"), registry) if isinstance(opt, dict) else None
     if kind not in registry:
         yield f"{where}:type: {_unknown(kind, registry.keys())}"
         return
@@ -473,21 +478,46 @@ def check_call(
             yield f"{where}: {kind} needs {key}"
 
 
-def check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[str]:
-    faults = list(check_call(key, ARCH_REGISTRY, opt[key]))
-    if faults:
-        yield from faults
-        return
-    arguments = dict(opt[key])
-    network_class = ARCH_REGISTRY.get(arguments.pop("type"))
+def network_section(path: str) -> tuple[Options, Options]:
+    """Read an option file for its network alone; returns the options and their network_g.
+
+    Raises:
+        UserError: It is no option file, or has no network in it.
+    """
+    opt = load_yaml(path)
+    if not isinstance(opt.get("network_g"), dict):
+        raise UserError(f"{path} has no section network_g, so there is no network in it")
+    return opt, opt["network_g"]
+
+
+def build_network(network_g: Options, where: str = "network_g") -> tuple[torch.nn.Module, Options]:
+    """Build the network of a section; returns it and all its arguments, the defaults included.
+
+    Raises:
+        UserError: There is no such network, or it refuses its arguments.
+    """
+    if faults := list(check_call(where, ARCH_REGISTRY, network_g)):
+        raise UserError("; ".join(faults))
+    arguments = dict(network_g)
+    kind = _registered(arguments.pop("type"), ARCH_REGISTRY)
+    network_class = ARCH_REGISTRY.get(kind)
     try:
         network = network_class(**arguments)
     except Exception as error:  # a network may refuse its arguments in any way
-        yield f"{key}: {network_class.__name__} refuses these arguments: {error}"
-        return
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{where}: {kind} refuses these arguments: {reason}") from None
     bound = inspect.signature(network_class).bind(**arguments)
     bound.apply_defaults()
-    upscale = bound.arguments.get("upscale")
+    return network, bound.arguments
+
+
+def check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[str]:
+    try:
+        network, values = build_network(opt[key], key)
+    except UserError as error:
+        yield str(error)
+        return
+    upscale = values.get("upscale")
     if upscale is not None and "scale" in opt and upscale != opt["scale"]:
         yield f"{key}:upscale: is {upscale} but scale is {opt['scale']}; make them equal"
 
@@ -501,8 +531,7 @@ def check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[s
     except UserError as error:
         yield f"{where}: {error}"
         return
-    param_key = opt["path"].get(f"param_key_{suffix}", "params")
-    state = checkpoint.get(param_key, checkpoint.get("params", checkpoint))
+    state = weights.state_dict(checkpoint, opt["path"].get(f"param_key_{suffix}", "params"))
     if not isinstance(state, dict):
         yield f"{where}: {path} holds no state dict; give a checkpoint of the network"
     elif opt["path"].get(f"strict_load_{suffix}", True):
@@ -548,38 +577,34 @@ def load_network(
         UserError: There is no such network, or its weights are missing or another's.
     """
     path: Options = {}
+    given, loaded = checkpoint, None
     if source is not None and source.endswith((".yml", ".yaml")):
-        opt = load_yaml(source)
-        network_g, path = opt.get("network_g"), opt.get("path") or {}
-        if not isinstance(network_g, dict):
-            raise UserError(f"{source} has no section network_g, so there is no network in it")
-        checkpoint = checkpoint or path.get("pretrain_network_g")
+        opt, network_g = network_section(source)
+        path = opt.get("path") or {}
+        checkpoint = given or path.get("pretrain_network_g")
+        if checkpoint:
+            loaded = _load_checkpoint(checkpoint)
     else:
         try:
             named = weights.info(source.removeprefix(weights.PREFIX)) if source else None
-            network_g = named["network_g"] if named else None
-            if checkpoint:
-                network_g = weights.deduce(_load_checkpoint(checkpoint))
-            else:
-                checkpoint = weights.path(source)
+            checkpoint = given or weights.path(source)
+            loaded = _load_checkpoint(checkpoint)
+            network_g = weights.deduce(loaded) if given else named["network_g"]
         except ValueError as error:
-            where = f"{checkpoint}: " if checkpoint else ""
+            where = f"{given}: " if given else ""
             raise UserError(f"{where}{error}; or name an option file") from None
         if named and network_g.get("upscale") != named["network_g"]["upscale"]:
             raise UserError(
                 f"{checkpoint} is of an x{network_g.get('upscale')} network, not x"
                 f"{named['network_g']['upscale']}"
             )
-    where = f"{source or checkpoint}: network_g"
-    if faults := list(check_network({"network_g": network_g, "path": {}}, "network_g", True)):
-        raise UserError("; ".join(fault.replace("network_g", where, 1) for fault in faults))
-    arguments = {key: value for key, value in network_g.items() if key != "type"}
-    network = ARCH_REGISTRY.get(network_g["type"])(**arguments).eval().requires_grad_(False)
-    if checkpoint is None:
+    network, _ = build_network(network_g, f"{source or checkpoint}: network_g")
+    network.eval().requires_grad_(False)
+    if loaded is None:
         if any(True for _ in network.parameters()):
             raise UserError(f"{source} names no pretrain_network_g; give the weights by --weights")
         return network, network_g
-    state = weights.state_dict(_load_checkpoint(checkpoint), path.get("param_key_g"))
+    state = weights.state_dict(loaded, path.get("param_key_g"))
     strict = path.get("strict_load_g", True)
     if strict and (faults := list(_misfits("", checkpoint, network, state))):
         raise UserError(faults[0].removeprefix(": "))
@@ -589,21 +614,20 @@ def load_network(
 
 def _misfits(where: str, path: str, network: torch.nn.Module, state: Options) -> Iterator[str]:
     """Say which tensors of a checkpoint do not fit a network, if any."""
-    file = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     own = network.state_dict()
 
     def some(names: Sequence[str]) -> str:
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
     parts = []
-    if missing := [k for k in own if k not in file]:
+    if missing := [k for k in own if k not in state]:
         parts.append(f"it lacks {some(missing)}")
-    if unknown := [k for k in file if k not in own]:
+    if unknown := [k for k in state if k not in own]:
         parts.append(f"the network has no {some(unknown)}")
     if other := [
-        f"{k} ({tuple(file[k].shape)} in the file, {tuple(own[k].shape)} in the network)"
+        f"{k} ({tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the network)"
         for k in own
-        if k in file and getattr(file[k], "shape", None) != own[k].shape
+        if k in state and getattr(state[k], "shape", None) != own[k].shape
     ]:
         parts.append(f"other shapes: {some(other)}")
     if parts:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-import mlrn_arch  # noqa: F401  (makes `import basicsr` work)
+from mlrn_arch import cli  # makes `import basicsr` work, too
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -30,6 +30,21 @@ def mlrn(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
         timeout=120,
         **kwargs,
     )
+
+
+@pytest.fixture
+def mlrn_here(monkeypatch, capsys):
+    """Run `mlrn ARGUMENTS` in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["mlrn", *map(str, arguments)])
+        try:
+            code = cli.main()
+        except SystemExit as end:  # argparse
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def start_training(path: str, cwd: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from basicsr.models.base_model import BaseModel
 from conftest import REPOSITORY, write_yaml
 from torch import nn
 
-from mlrn_arch import backends, cli, weights
+from mlrn_arch import backends, weights
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
@@ -30,20 +31,10 @@ def make(network: type[nn.Module] = MLRN, seed: int = 0, **arguments) -> nn.Modu
 
 
 @pytest.fixture
-def export(monkeypatch, capsys, tmp_path):
-    """Run `mlrn export ARGUMENTS` in this process, in `tmp_path`; returns code, stdout, stderr."""
+def export(mlrn_here, monkeypatch, tmp_path):
+    """Run `mlrn export ARGUMENTS` in `tmp_path`; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["mlrn", "export", *arguments])
-        try:
-            code = cli.main()
-        except SystemExit as end:  # argparse
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return functools.partial(mlrn_here, "export")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 
@@ -13,7 +14,6 @@ from conftest import REPOSITORY, write_yaml
 from torch import nn
 from torch.nn import functional as F
 
-from mlrn_arch import cli
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
@@ -24,19 +24,9 @@ NTIRE_YML = str(REPOSITORY / "options/ntire/test_MLRN_NTIRE_x4.yml")
 
 
 @pytest.fixture
-def profile(monkeypatch, capsys):
-    """Run `mlrn profile ARGUMENTS` in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["mlrn", "profile", *arguments])
-        try:
-            code = cli.main()
-        except SystemExit as end:  # argparse
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def profile(mlrn_here):
+    """Run `mlrn profile ARGUMENTS`; returns exit code, stdout and stderr."""
+    return functools.partial(mlrn_here, "profile")
 
 
 # --- the paper's figures ------------------------------------------------------------------------

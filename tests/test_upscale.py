@@ -13,7 +13,7 @@ from basicsr.archs import build_network
 from conftest import write_yaml
 from PIL import Image, ImageCms, ImageOps
 
-from mlrn_arch import Upscaler, backends, cli, weights
+from mlrn_arch import Upscaler, backends, weights
 from mlrn_arch.errors import UserError
 from mlrn_arch.tools import image_files, upscale
 
@@ -36,16 +36,12 @@ def option_file(network, tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path, option_file):
+def run(mlrn_here, monkeypatch, tmp_path, option_file):
     """Run `mlrn upscale ARGUMENTS` by the tiny network; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
 
     def call(*arguments, network=("--opt", option_file)) -> tuple[int, str, str]:
-        plain = ("--backend", "torch", "--device", "cpu")
-        words = ["mlrn", "upscale", *map(str, arguments), *network, *plain]
-        monkeypatch.setattr("sys.argv", words)
-        monkeypatch.chdir(tmp_path)
-        code = cli.main()
-        return code, *capsys.readouterr()
+        return mlrn_here("upscale", *arguments, *network, "--backend", "torch", "--device", "cpu")
 
     return call
 

@@ -448,7 +448,6 @@ def _write(rows: list[Row], args: argparse.Namespace, machine: str) -> None:
         f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |\n"
         for line in lines
     )
-    ways = {row.label: json.dumps(row.opt["val"].get("metrics")) for row in rows}
     notes = [
         f"Mult-Adds and time of one output of 1280x720; time on {machine}, torch "
         f"{torch.__version__}, median of at least 5 runs.",

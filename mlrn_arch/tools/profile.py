@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import inspect
 import json
 import math
 import statistics
@@ -42,7 +41,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -199,27 +197,12 @@ def _subject(name: str, args: argparse.Namespace) -> Subject:
         UserError: No such file or network, or arguments that it does not take.
     """
     if _is_file(name):
-        opt = options.load_yaml(name)
-        section, upscale = opt.get("network_g"), opt.get("scale", args.upscale)
-        if not isinstance(section, dict):
-            raise UserError(f"{name} has no section network_g, so there is no network in it")
+        opt, section = options.network_section(name)
+        upscale = opt.get("scale", args.upscale)
     else:
         section, upscale = options.network_by_name(name, args.upscale), args.upscale
-    arguments = {key: value for key, value in section.items() if key != "type"}
-    kind = str(section.get("type"))
-    if f"{kind}_basicsr" in ARCH_REGISTRY and kind not in ARCH_REGISTRY:
-        kind = f"{kind}_basicsr"
-    if faults := list(options.check_call("network_g", ARCH_REGISTRY, {**section, "type": kind})):
-        raise UserError("; ".join(faults))
-    network_class = ARCH_REGISTRY.get(kind)
-    try:
-        network = network_class(**arguments).eval().requires_grad_(False)
-    except Exception as error:  # a network may refuse its arguments in any way
-        raise UserError(f"{kind} refuses these arguments: {_first_line(error)}") from None
-
-    bound = inspect.signature(network_class).bind(**arguments)
-    bound.apply_defaults()
-    values = bound.arguments
+    network, values = options.build_network(section)
+    network.eval().requires_grad_(False)
     upscale = values.get("upscale", values.get("scale", upscale))
     if not isinstance(upscale, (int, float)) or upscale <= 0:
         raise UserError(f"scale must be a positive number, not {upscale!r}")

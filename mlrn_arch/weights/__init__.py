@@ -86,11 +86,11 @@ def state_dict(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, 
 
     Args:
         checkpoint: `{"params": ..., "params_ema": ...}` as BasicSR saves it, or a bare state dict.
-        key: Which of them instead.
+        key: Which of them instead; `params`, as in BasicSR, where that is not there.
     """
-    keys = [key] if key else ["params_ema", "params"]
+    keys = [key or "params_ema", "params"]
     state = next((checkpoint[k] for k in keys if k in checkpoint), checkpoint)
-    if not any(key.startswith("module.") for key in state):
+    if not isinstance(state, dict) or not any(key.startswith("module.") for key in state):
         return state
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
