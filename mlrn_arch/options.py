@@ -64,7 +64,7 @@ REQUIRED_PAIRED_TRAIN = (
     "batch_size_per_gpu",
 )
 BACKENDS = ("disk", "lmdb", "memcached")
-OPTIMIZERS = ("Adam",)  # BaseModel.get_optimizer
+OPTIMIZERS = (("Adam",), ("Adam", "Muon"))  # of BasicSR's models, of FastSRModel
 SCHEDULERS = ("MultiStepLR", "MultiStepRestartLR", "CosineAnnealingRestartLR")
 
 
@@ -396,7 +396,7 @@ def check(opt: Options) -> Iterator[str]:
             known = {"img": None, "img2": None, "better": None}
             yield from check_call(f"val:metrics:{name}", METRIC_REGISTRY, metric, known)
     if opt["is_train"]:
-        yield from _check_train(opt["train"])
+        yield from _check_train(opt["train"], opt["model_type"])
         if (
             opt["model_type"] == "SRModel"
             and opt["datasets"]["train"].get("type") == "FastPairedImageDataset"
@@ -415,9 +415,10 @@ def check(opt: Options) -> Iterator[str]:
             yield f"val:save_best: {_unknown(best, metrics)}; it must be one of val:metrics"
 
 
-def _check_train(train: Options) -> Iterator[str]:
-    if train["optim_g"]["type"] not in OPTIMIZERS:
-        yield f"train:optim_g:type: {_unknown(train['optim_g']['type'], OPTIMIZERS)}"
+def _check_train(train: Options, model_type: str) -> Iterator[str]:
+    optimizers = OPTIMIZERS[model_type == "FastSRModel"]
+    if train["optim_g"]["type"] not in optimizers:
+        yield f"train:optim_g:type: {_unknown(train['optim_g']['type'], optimizers)}"
     if train["scheduler"]["type"] not in SCHEDULERS:
         yield f"train:scheduler:type: {_unknown(train['scheduler']['type'], SCHEDULERS)}"
     losses = {k: v for k, v in train.items() if k.endswith("_opt") and v is not None}

@@ -1,10 +1,10 @@
-"""Train with stock SRModel and with FastSRModel from the same seeds, and compare what they score.
+"""Train with SRModel, with FastSRModel and with its Muon from the same seeds; compare the scores.
 
     mlrn demo && python tests/same_quality.py mlrn_demo
 
-Takes the demo's data and option files, three seeds for each model, and prints the PSNR of the
+Takes the demo's data and option files, three seeds for each row, and prints the PSNR of the
 photographs that are not trained on. The two models see different random crops, as two seeds do, so
-their means should differ by no more than seeds do.
+with the same optimizer their means should differ by no more than seeds do.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 from conftest import mlrn
 
 
-def score(folder: Path, model: str, seed: int, forced: list[str]) -> float:
+def score(folder: Path, model: str, optimizer: str, seed: int, forced: list[str]) -> float:
     """Train and test one network; returns its PSNR in dB."""
-    name = f"{model}_{seed}"
-    force = [f"name={name}", f"model_type={model}", f"manual_seed={seed}", *forced]
+    name = f"{model}_{optimizer}_{seed}"
+    force = [f"name={name}", f"model_type={model}", f"train:optim_g:type={optimizer}"]
+    force += [f"manual_seed={seed}", *forced]
     result = mlrn("train", "-opt", "train_demo.yml", "--force_yml", *force, cwd=folder)
     checkpoint = f"path:pretrain_network_g=experiments/{name}/models/net_g_latest.pth"
     force = [f"name={name}", checkpoint]
@@ -40,10 +41,11 @@ if __name__ == "__main__":
     args = parser.parse_args()
     forced = [f"train:total_iter={args.iterations}", f"train:precision={args.precision}"]
     forced += [f"train:scheduler:periods=[{args.iterations}]"]
-    for model in ("SRModel", "FastSRModel"):
-        scores = [score(args.folder, model, seed, forced) for seed in range(3)]
+    for model, optimizer in (("SRModel", "Adam"), ("FastSRModel", "Adam"), ("FastSRModel", "Muon")):
+        scores = [score(args.folder, model, optimizer, seed, forced) for seed in range(3)]
         listed = ", ".join(f"{value:.3f}" for value in scores)
         mean, spread = statistics.mean(scores), statistics.stdev(scores)
         print(
-            f"{model:12} {listed}: mean {mean:.3f}, standard deviation {spread:.3f} dB", flush=True
+            f"{model:11} {optimizer} {listed}: mean {mean:.3f}, standard deviation {spread:.3f} dB",
+            flush=True,
         )

@@ -21,6 +21,7 @@ from conftest import make_fast, mlrn, start_training, write_yaml
 
 from mlrn_arch import options
 from mlrn_arch.errors import UserError
+from mlrn_arch.models.muon import Muon
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="checks what holds on the CPU")
 
@@ -88,8 +89,47 @@ def test_fp32_gives_stock_losses_step_by_step(build, train_options):
         torch.testing.assert_close(fast.net_g_ema.state_dict()[name], tensor, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare")
+def test_muon_steps_as_torchs_does():
+    """torch's takes matrices only, and turns them in bf16."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(16, 8, 3, 3), (24, 16, 1, 1)] * 2]
+    theirs = [torch.nn.Parameter(param.detach().flatten(1).clone()) for param in ours]
+    before = [param.detach().clone() for param in theirs]
+    muon = Muon(ours, lr=0.01)
+    reference = torch.optim.Muon(  # which takes a fifth of it, to be near AdamW's usual step
+        theirs, lr=0.05, weight_decay=0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(3):
+        for own, other in zip(ours, theirs, strict=True):
+            other.grad = torch.randn_like(other)
+            own.grad = other.grad.view(own.shape)
+        muon.step()
+        reference.step()
+    for own, other, start in zip(ours, theirs, before, strict=True):
+        moved, expected = own.detach().flatten(1) - start, other.detach() - start
+        assert (moved - expected).norm() < 0.03 * expected.norm()
+
+
+def test_muon_and_its_adam_share_the_weights(build, fast_options):
+    fast_options["train"]["optim_g"]["type"] = "Muon"
+    model = build(fast_options)
+    names = {id(param): name for name, param in model.net_g.named_parameters()}
+    adam, muon = (
+        {names[id(param)] for group in optimizer.param_groups for param in group["params"]}
+        for optimizer in model.optimizers
+    )
+    assert not adam & muon and adam | muon == set(names.values())
+    # By its authors' advice no biases, depthwise convolutions, first or last layer.
+    assert {"conv_first.weight", "upsampler.0.weight", "body.0.mixer.depthwise.weight"} <= adam
+    assert {"body.0.conv1.weight", "body.0.conv3.weight", "conv_after_body.weight"} <= muon
+    assert all(name.endswith(".weight") for name in muon)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_reduced_precision_stays_near_fp32(build, fast_options, precision):
+@pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
+def test_reduced_precision_stays_near_fp32(build, fast_options, precision, optimizer):
+    fast_options["train"]["optim_g"]["type"] = optimizer
     fast_options["train"]["grad_clip"] = 1.0
     data = batches(4) * 8
     expected = train(build(deepcopy(fast_options)), data)
@@ -135,7 +175,9 @@ def test_fast_dataset_gives_stock_samples(tmp_path, train_options, encoding):
 
 
 @ON_CPU
-def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options):
+@pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
+def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options, optimizer):
+    fast_options["train"]["optim_g"]["type"] = optimizer
     path = write_yaml(tmp_path / "tiny.yml", fast_options)
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
@@ -178,7 +220,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, fast_options)
     assert found == pytest.approx(expected, rel=1e-3) and len(found) == 12
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights(build, fast_options):
+@pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights(build, fast_options, optimizer):
+    fast_options["train"]["optim_g"]["type"] = optimizer
     model = build(fast_options)
     good, bad = batches(2)
     train(model, [good])

@@ -23,6 +23,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 from mlrn_arch.compat import newest_states
 from mlrn_arch.data import ResumableSampler
 from mlrn_arch.errors import UserError
+from mlrn_arch.models.muon import Muon
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What decides the course of a run; machines may differ in the rest (workers, pinned memory).
@@ -36,6 +37,7 @@ class FastSRModel(SRModel):
 
     Takes every option of `SRModel`, and:
 
+        train:optim_g:type    Adam, or Muon, which learns more from each step
         train:precision       fp32 (default), bf16, or fp16 (with loss scaling)
         train:channels_last   true (default): the memory format that convolutions are fastest in
         train:compile         false (default): `torch.compile` the network for training
@@ -78,7 +80,8 @@ class FastSRModel(SRModel):
         """Set up EMA, losses, optimizer and schedule as `SRModel` does, and loss scaling."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         super().init_training_settings()
-        self.params = [p for group in self.optimizer_g.param_groups for p in group["params"]]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.params = [param for group in groups for param in group["params"]]
         if self.ema_decay > 0:
             self.net_g_ema.to(memory_format=self.memory_format)
             net = dict(self.get_bare_model(self.net_g).named_parameters())
@@ -88,10 +91,18 @@ class FastSRModel(SRModel):
     def get_optimizer(
         self, optim_type: str, params: list[torch.nn.Parameter], lr: float, **kwargs: Any
     ) -> torch.optim.Optimizer:
-        """Build BasicSR's optimizer; Adam as one fused kernel, which can also skip a step."""
-        if optim_type == "Adam":
-            kwargs["fused"] = True
-        return super().get_optimizer(optim_type, params, lr, **kwargs)
+        """Build BasicSR's Adam, as one fused kernel, or `Muon` and an Adam for what it leaves.
+
+        Muon takes the weights of the convolutions inside the network, Adam its biases, depthwise
+        convolutions, first and last convolution; `betas` is Adam's.
+        """
+        if optim_type == "Muon":
+            inner = [p for p in params if p.ndim > 1 and p.shape[1] > 1][1:-1]
+            ids = {id(p) for p in inner}
+            rest = [p for p in params if id(p) not in ids]
+            self.optimizers.append(self.get_optimizer("Adam", rest, lr, **kwargs))
+            return Muon(inner, lr)
+        return super().get_optimizer(optim_type, params, lr, fused=True, **kwargs)
 
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take a batch: `lq` (n, c, h, w) and `gt`, float in [0, 1] or uint8."""
@@ -109,7 +120,8 @@ class FastSRModel(SRModel):
 
     def optimize_parameters(self, current_iter: int) -> None:
         """Train on the batch fed last. A gradient that is not finite leaves the weights alone."""
-        self.optimizer_g.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         with self._autocast(self.precision):
             self.output = self.net_g(self.lq)
         output = self.output.float()
@@ -122,7 +134,8 @@ class FastSRModel(SRModel):
         self.loss_dict = {name: loss for name, loss in losses.items() if loss is not None}
         l_total = sum(self.loss_dict.values())
         self.scaler.scale(l_total).backward()
-        self.scaler.unscale_(self.optimizer_g)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         max_norm = self.opt["train"].get("grad_clip")
         if max_norm:
             norm = torch.nn.utils.clip_grad_norm_(self.params, max_norm)
@@ -131,8 +144,10 @@ class FastSRModel(SRModel):
         bad = ~torch.isfinite(l_total.detach())
         if not self.scaler.is_enabled():  # while scaling, an infinite gradient is nothing unusual
             bad |= ~torch.isfinite(norm)
-            self.optimizer_g.found_inf = bad.float()  # fused Adam skips the step on the device
-        self.scaler.step(self.optimizer_g)
+        for optimizer in self.optimizers:
+            if not self.scaler.is_enabled():
+                optimizer.found_inf = bad.float()  # skips the step on the device
+            self.scaler.step(optimizer)
         self.scaler.update()
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)

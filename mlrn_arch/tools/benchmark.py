@@ -23,7 +23,11 @@ from tqdm import tqdm
 
 from mlrn_arch.errors import UserError
 
-STOCK = ["model_type=SRModel", "datasets:train:type=PairedImageDataset"]
+STOCK = [
+    "model_type=SRModel",
+    "datasets:train:type=PairedImageDataset",
+    "train:optim_g:type=Adam",
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
