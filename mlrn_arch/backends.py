@@ -1,14 +1,16 @@
-"""Ways to run a network quickly: OpenVINO, ONNX Runtime and PyTorch."""
+"""Ways to run a network quickly: MNN, OpenVINO, ONNX Runtime and PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import importlib.util
 import io
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -27,20 +29,26 @@ from mlrn_arch.options import cpu_computes_in_bf16
 if TYPE_CHECKING:
     import onnx
 
-NAMES = ("openvino", "onnxruntime", "torch")  # quickest first, as measured on CPUs
+NAMES = ("mnn", "openvino", "onnxruntime", "torch")  # quickest first, as measured on CPUs
 PACKAGES = {
+    "mnn": ["MNN", "onnx", "onnxscript"],  # which it reads
     "openvino": ["openvino"],
     "onnxruntime": ["onnxruntime", "onnx", "onnxscript"],  # the last two export to it
     "torch": ["torch"],
 }
 # Smaller images run in PyTorch: it takes no time there, and ESA has a branch for them.
 MIN_SIZE = 32
-TOLERANCE = 1e-5  # of a back end's output in fp32 to PyTorch's, over the larger of 1 and its peak
+# Of a back end's output in fp32 to PyTorch's, over the larger of 1 and its peak. MNN's Winograd
+# convolutions and its GELU are coarser: it may differ by half a step of 8 bits.
+TOLERANCE = 1e-5
+MNN_TOLERANCE = 0.5 / 255
 
 
 def available() -> list[str]:
-    """The back ends that are installed here, quickest on a CPU first."""
-    return [name for name in NAMES if not _missing(*PACKAGES[name])]
+    """The back ends that are installed here, quickest on this CPU first."""
+    # Only OpenVINO among them computes in bf16 where the CPU does.
+    order = sorted(NAMES, key="openvino".__ne__) if cpu_computes_in_bf16() else NAMES
+    return [name for name in order if not _missing(*PACKAGES[name])]
 
 
 def _missing(*packages: str) -> list[str]:
@@ -83,8 +91,8 @@ def load(
 ) -> Callable[[Tensor], Tensor]:
     """Prepare a network for running; `network` itself is left as it is.
 
-    OpenVINO and ONNX Runtime run on the CPU, and take seconds to prepare: a single small image
-    is done sooner with `torch`.
+    All but PyTorch run on the CPU here, and take seconds to prepare: a single small image is
+    done sooner with `torch`.
 
     Args:
         network: A super-resolution network: (n, c, h, w) in [0, 1] -> (n, c, h * s, w * s).
@@ -93,7 +101,7 @@ def load(
         device: Where PyTorch computes; None is the GPU if there is one and `backend` is not one
             for the CPU.
         precision: `fp32`, `bf16`, `fp16`, or `auto`: fp16 on a GPU, on the CPU bf16 if it
-            computes in it and fp32 if it would only emulate it.
+            computes in it and fp32 if it would only emulate it. MNN and ONNX Runtime have fp32.
 
     Returns:
         A function: (n, c, h, w) in [0, 1] on any device -> (n, c, h * s, w * s), float32 on the
@@ -115,19 +123,22 @@ def load(
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no GPU here; take the device cpu")
-    if backend in ("openvino", "onnxruntime") and device.type != "cpu":
+    if backend not in (None, "torch") and device.type != "cpu":
         raise UserError(f"{backend} runs on the CPU here; take the back end torch for {device}")
-    if backend == "onnxruntime" and precision not in ("auto", "fp32"):
-        raise UserError(f"onnxruntime computes in fp32; {precision} needs openvino or torch")
+    lower = precision not in ("auto", "fp32")
+    if backend in ("mnn", "onnxruntime") and lower:
+        raise UserError(f"{backend} computes in fp32; {precision} needs openvino or torch")
 
     network = copy.deepcopy(network).to(device, torch.float32).eval().requires_grad_(False)
     fallback = backend is None and device.type == "cpu"
     for name in available() if fallback else [backend or "torch"]:
-        if name == "torch" or (name == "onnxruntime" and precision not in ("auto", "fp32")):
+        if name == "torch" or (name != "openvino" and lower):
             continue
-        prepare = _openvino if name == "openvino" else _onnxruntime
         try:
-            run = prepare(network, precision)
+            if name == "openvino":
+                run = _openvino(network, precision)
+            else:
+                run = (_mnn if name == "mnn" else _onnxruntime)(network)
         except Exception as error:  # an exporter may fail in any way
             reason = f"{name} cannot run {type(network).__name__}: {_first_line(error)}"
             if not fallback:
@@ -179,7 +190,7 @@ def _openvino(network: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
     return compiled({"auto": "", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision])
 
 
-def _onnxruntime(network: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
+def _onnxruntime(network: nn.Module) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
@@ -193,14 +204,61 @@ def _onnxruntime(network: nn.Module, precision: str) -> Callable[[Tensor], Tenso
     return run
 
 
-def _check(run: Callable[[Tensor], Tensor], network: nn.Module) -> None:
+def _mnn(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = os.path.join(folder, "net.onnx"), os.path.join(folder, "net.mnn")
+        with open(source, "wb") as file:
+            file.write(to_onnx(network).SerializeToString())
+        with _mute():
+            # Not MNN.tools, which would install a package and report to MNN's maker.
+            import _tools
+            import MNN
+
+            _tools.mnnconvert(
+                ["", "-f", "ONNX", "--modelFile", source, "--MNNModel", target, "--bizCode", "-"]
+            )
+            runtime = MNN.nn.create_runtime_manager(({"numThread": torch.get_num_threads()},))
+            module = MNN.nn.load_module_from_file(
+                target, ["input"], ["output"], runtime_manager=runtime
+            )
+
+    def run(x: Tensor) -> Tensor:
+        y = module.forward([MNN.expr.const(x.numpy(), list(x.shape), MNN.expr.NCHW)])[0]
+        return torch.from_numpy(y.read().copy()).view(y.shape)
+
+    _check(run, network, MNN_TOLERANCE)
+    return run
+
+
+@contextlib.contextmanager
+def _mute() -> Iterator[None]:
+    """Keep to itself what a library prints from C, where Python cannot redirect it."""
+    kept = os.dup(1), os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            os.dup2(null, number)
+        yield
+    finally:
+        with contextlib.suppress(OSError, TypeError):  # Windows has no such handle of itself
+            ctypes.CDLL(None).fflush(None)
+        for number, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, number)
+            os.close(old)
+        os.close(null)
+
+
+def _check(
+    run: Callable[[Tensor], Tensor], network: nn.Module, tolerance: float = TOLERANCE
+) -> None:
     """Compare with PyTorch in fp32 at another size than the exporter saw."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         x = torch.rand(1, channels(network), 3 * MIN_SIZE, MIN_SIZE, generator=generator)
         y = network(x)
         difference = (run(x) - y).abs().max() / y.abs().max().clamp(min=1)
-    if difference > TOLERANCE:
+    if difference > tolerance:
         raise RuntimeError(f"its output differs from PyTorch's by {difference:.2g}")
 
 

@@ -223,7 +223,8 @@ def test_a_back_end_gives_what_pytorch_gives(backend):
         x = torch.rand(batch, 3, height, width)
         y = run(x)
         assert y.dtype == torch.float32
-        torch.testing.assert_close(y, network(x), rtol=0, atol=1e-5)
+        atol = 0.5 / 255 if backend == "mnn" else 1e-5
+        torch.testing.assert_close(y, network(x), rtol=0, atol=atol)
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 
@@ -248,9 +249,10 @@ def test_what_cannot_be_exported_runs_in_pytorch(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "tensorrt"}, "no back end is named 'tensorrt'; there are openvino"),
+        ({"backend": "tensorrt"}, "no back end is named 'tensorrt'; there are mnn, openvino"),
         ({"precision": "int8"}, "no precision is named 'int8'; there are auto"),
         ({"backend": "onnxruntime", "precision": "bf16"}, "onnxruntime computes in fp32"),
+        ({"backend": "mnn", "precision": "fp16"}, "mnn computes in fp32"),
     ],
 )
 def test_no_such_back_end(arguments, message):

@@ -189,6 +189,7 @@ def test_tiles_cover_a_side_alike_and_overlap(side, tile):
         ("RLFN", False, "torch"),
         ("MLRN", False, "onnxruntime"),
         ("MLRN", False, "openvino"),
+        ("MLRN", False, "mnn"),
     ],
 )
 def test_tiles_of_a_network_with_esa(kind, self_ensemble, backend):
@@ -223,18 +224,22 @@ def test_tiles_of_the_shipped_networks(name):
     assert difference.mean() < 0.01 and difference.max() <= 1
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_of_the_shipped_network(precision):
-    """The figure of README: eight bits of a photograph in half precision and in fp32."""
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("torch", "fp16"), ("torch", "bf16"), ("mnn", "fp32")]
+)
+def test_less_exact_ways_of_the_shipped_network(backend, precision):
+    """The figures of README: eight bits of a photograph, and what PyTorch makes of it in fp32."""
+    if backend not in backends.available():
+        pytest.skip(f"{backend} is not installed")
     if weights.info("x4")["file"] is None:
         pytest.skip("no weights of x4 are shipped yet")
     image = skimage.data.coffee()[100:180, 100:220]
-    half, full = (
-        Upscaler("x4", device="cpu", backend="torch", precision=p)(image).astype(int)
-        for p in (precision, "fp32")
+    found, full = (
+        Upscaler("x4", device="cpu", backend=b, precision=p)(image).astype(int)
+        for b, p in ((backend, precision), ("torch", "fp32"))
     )
-    shares = [(np.abs(half - full) >= step).mean() for step in (1, 2)]
-    print(f"{precision}: {shares[0]:.2%} of the values differ, {shares[1]:.4%} by more than 1/255")
+    shares = [(np.abs(found - full) >= step).mean() for step in (1, 2)]
+    print(f"{backend} {precision}: {shares[0]:.2%} differ, {shares[1]:.4%} by more than 1/255")
     assert shares[0] < 0.1 and shares[1] < 1e-4
 
 
