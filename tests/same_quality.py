@@ -41,11 +41,11 @@ if __name__ == "__main__":
     args = parser.parse_args()
     forced = [f"train:total_iter={args.iterations}", f"train:precision={args.precision}"]
     forced += [f"train:scheduler:periods=[{args.iterations}]"]
-    for model, optimizer in (("SRModel", "Adam"), ("FastSRModel", "Adam"), ("FastSRModel", "Muon")):
-        scores = [score(args.folder, model, optimizer, seed, forced) for seed in range(3)]
+    for row in ("SRModel", "FastSRModel", "FastSRModel, Muon"):
+        model, _, other = row.partition(", ")
+        scores = [score(args.folder, model, other or "Adam", seed, forced) for seed in range(3)]
         listed = ", ".join(f"{value:.3f}" for value in scores)
         mean, spread = statistics.mean(scores), statistics.stdev(scores)
         print(
-            f"{model:11} {optimizer} {listed}: mean {mean:.3f}, standard deviation {spread:.3f} dB",
-            flush=True,
+            f"{row:17}  {listed}: mean {mean:.3f}, standard deviation {spread:.3f} dB", flush=True
         )
