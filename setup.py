@@ -19,7 +19,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["mlrn_arch", "mlrn_arch.*"]),
-    package_data={"mlrn_arch.tools": ["*.csv"], "mlrn_arch.weights": ["*.json", "*.pth"]},
+    package_data={
+        "mlrn_arch.models": ["*.cpp"],
+        "mlrn_arch.tools": ["*.csv"],
+        "mlrn_arch.weights": ["*.json", "*.pth"],
+    },
     # BasicSR 1.4.2 cannot be built on 3.13: its setup.py ends in KeyError: '__version__'.
     python_requires=">=3.10,<3.13",
     install_requires=[

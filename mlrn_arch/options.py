@@ -658,6 +658,11 @@ def _check_paired(where: str, dataset: Options) -> Iterator[str]:
     scale, gt_size = dataset.get("scale"), dataset.get("gt_size")
     if training and scale and gt_size % scale:
         yield f"{where}:gt_size: {gt_size} is not a multiple of the scale {scale}"
+    candidates = dataset.get("hardest_of", 1)
+    if not isinstance(candidates, int) or candidates < 1:
+        yield f"{where}:hardest_of: {candidates!r} is no number of crops to choose from, 1 or more"
+    elif candidates > 1 and dataset["type"] != "FastPairedImageDataset":
+        yield f"{where}:hardest_of: only FastPairedImageDataset chooses; set type to it"
     if faults:
         return
 

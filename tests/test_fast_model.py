@@ -174,6 +174,31 @@ def test_fast_dataset_gives_stock_samples(tmp_path, train_options, encoding):
         assert found["lq_path"] == expected["lq_path"]
 
 
+def test_hardest_of_prefers_what_bicubic_enlarges_badly(tmp_path, train_options):
+    """Of images with known difficulty, the harder one in all but (1 - share) ** N draws."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    smooth = np.full((64, 64, 3), 128, np.uint8)
+    for name, pixels in (("rough", noise), ("smooth1", smooth), ("smooth2", smooth)):
+        for key, image in (("gt", pixels), ("lq", cv2.resize(pixels, (32, 32)))):
+            (tmp_path / key).mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / key / f"{name}.png"), image)
+    opt = train_options["datasets"]["train"] | {
+        "phase": "train",
+        "scale": 2,
+        "type": "FastPairedImageDataset",
+        "io_backend": {"type": "disk"},
+        **{f"dataroot_{key}": str(tmp_path / key) for key in ("gt", "lq")},
+    }
+    random.seed(0)
+    for candidates in (1, 4):
+        dataset = build_dataset({**opt, "hardest_of": candidates})
+        samples = [dataset[i % 3] for i in range(300)]
+        assert all(s["gt"].shape[1:] == (opt["gt_size"],) * 2 for s in samples)
+        share = np.mean(["rough" in sample["gt_path"] for sample in samples])
+        others = candidates - 1  # drawn at random beside the image of the index
+        assert share == pytest.approx(1 - 2 / 3 * (2 / 3) ** others, abs=0.08)
+
+
 @ON_CPU
 @pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
 def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options, optimizer):

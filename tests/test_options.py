@@ -39,6 +39,8 @@ REFUSED = [
     ("datasets:val:io_backend:type", "lmbd", "unknown 'lmbd'; did you mean lmdb"),
     ("datasets:train:gt_size", 31, "datasets:train:gt_size: 31 is not a multiple of the scale 2"),
     ("datasets:train:gt_size", 128, "gt_size: 128 is larger than the smallest image (64)"),
+    ("datasets:train:hardest_of", 0, "hardest_of: 0 is no number of crops to choose from"),
+    ("datasets:train:hardest_of", 4, "hardest_of: only FastPairedImageDataset chooses"),
     ("datasets:train:batch_size_per_gpu", 900, "8 images are less than one batch of 900"),
     ("train:pixel_opt:type", "L1", "train:pixel_opt:type: unknown 'L1'; did you mean L1Loss"),
     ("train:pixel_opt", None, "train: has no loss"),

@@ -8,6 +8,7 @@ import io
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 from mlrn_arch.compat import newest_states
 from mlrn_arch.data import ResumableSampler
 from mlrn_arch.errors import UserError
+from mlrn_arch.models import cpu_kernels
 from mlrn_arch.models.muon import Muon
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +43,8 @@ class FastSRModel(SRModel):
         train:precision       fp32 (default), bf16, or fp16 (with loss scaling)
         train:channels_last   true (default): the memory format that convolutions are fastest in
         train:compile         false (default): `torch.compile` the network for training
+        train:cpu_kernels     true (default): on a CPU in fp32, convolve by `cpu_kernels` where a
+                              C++ compiler is at hand
         train:grad_clip       largest norm of the gradient; no clipping by default
         val:precision         fp32 (default), bf16 or fp16
         val:save_best         a name below val:metrics; keeps `net_g_best.pth`, by the first
@@ -72,8 +76,21 @@ class FastSRModel(SRModel):
     def model_to_device(self, net: torch.nn.Module) -> torch.nn.Module:
         """Move a network to the device, channels last, compiled and wrapped as the options say."""
         net = net.to(memory_format=self.memory_format)
-        if (self.opt.get("train") or {}).get("compile", False):
+        train = self.opt.get("train") or {}
+        if train.get("compile", False):
             net.compile()  # in place, so that the names in its state dict stay
+        elif (
+            self.is_train
+            and (self.device.type, self.precision) == ("cpu", "fp32")
+            and self.memory_format == torch.channels_last
+            and train.get("cpu_kernels", True)
+        ):
+            try:
+                cpu_kernels.use_in(net)
+                how = "with kernels compiled for this CPU"
+            except (OSError, subprocess.SubprocessError) as error:
+                how = f"with PyTorch's kernels alone; ours cannot be compiled: {error}"
+            get_root_logger().info(f"Training {how}")
         return super().model_to_device(net)
 
     def init_training_settings(self) -> None:

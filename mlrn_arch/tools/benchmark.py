@@ -26,6 +26,7 @@ from mlrn_arch.errors import UserError
 STOCK = [
     "model_type=SRModel",
     "datasets:train:type=PairedImageDataset",
+    "datasets:train:hardest_of=1",
     "train:optim_g:type=Adam",
 ]
 
