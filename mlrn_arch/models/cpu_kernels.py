@@ -114,9 +114,13 @@ class _GELU(torch.autograd.Function):
         return gy * ctx.saved_tensors[0]
 
 
+def _ours(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 class _Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not _ours(x):
             return super().forward(x)
         return _Winograd.apply(x, self.weight, self.bias)
 
@@ -125,7 +129,7 @@ class _Conv1x1(nn.Conv2d):
     """As a product of matrices, which is quicker for PyTorch than the convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not _ours(x):
             return super().forward(x)
         y = functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
         return y.permute(0, 3, 1, 2)
@@ -133,7 +137,7 @@ class _Conv1x1(nn.Conv2d):
 
 class _FastGELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
-        return _GELU.apply(x) if torch.is_grad_enabled() else super().forward(x)
+        return _GELU.apply(x) if _ours(x) else super().forward(x)
 
 
 def use_in(network: nn.Module) -> None:

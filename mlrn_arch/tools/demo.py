@@ -88,7 +88,7 @@ def _train_options(iterations: int) -> dict:
         },
         "network_g": {"type": "MLRN", "upscale": SCALE, "num_feat": 24, "num_block": 3},
         "train": {
-            "optim_g": {"type": "Adam", "lr": 0.001, "betas": [0.9, 0.99]},
+            "optim_g": {"type": "Muon", "lr": 0.001, "betas": [0.9, 0.99]},
             "scheduler": {
                 "type": "CosineAnnealingRestartLR",
                 "periods": [iterations],
