@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def _train_options(iterations: int) -> dict:
     return {
         "name": "demo",
-        "model_type": "SRModel",
+        "model_type": "FastSRModel",
         "scale": SCALE,
         "num_gpu": "auto",
         "manual_seed": 0,
