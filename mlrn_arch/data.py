@@ -41,12 +41,9 @@ class FastPairedImageDataset(PairedImageDataset):
             return super().__getitem__(index)
         if self.file_client is None:
             self.file_client = FileClient(self.io_backend_opt.pop("type"), **self.io_backend_opt)
-        candidates = opt.get("hardest_of", 1)
-        if candidates == 1:
-            gt, lq, paths = self._crop(index)
-        else:
-            others = [random.randrange(len(self.paths)) for _ in range(candidates - 1)]
-            gt, lq, paths = max((self._crop(i) for i in (index, *others)), key=_bicubic_error)
+        others = [random.randrange(len(self)) for _ in range(opt.get("hardest_of", 1) - 1)]
+        crops = [self._crop(i) for i in (index, *others)]
+        gt, lq, paths = max(crops, key=_bicubic_error) if others else crops[0]
         gt, lq = (
             torch.from_numpy(np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1)))
             for image in augment([gt, lq], opt["use_hflip"], opt["use_rot"])

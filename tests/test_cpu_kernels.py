@@ -66,6 +66,19 @@ def test_gelu(lanes):
         torch.testing.assert_close(a.double(), b, atol=2e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.GELU(), (2, 9, 16)), (nn.Conv2d(16, 16, 3, padding=1), (16, 8, 8))],
+)
+def test_what_is_no_batch_of_images_is_left_to_pytorch(lanes, layer, shape):
+    """The tokens of a transformer, and an image without a batch."""
+    ours = nn.Sequential(copy.deepcopy(layer))
+    cpu_kernels.use_in(ours)
+    x = torch.randn(shape)
+    for a, b in zip(gradients(ours, x), gradients(layer, x), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("kind", [MLRN, RLFN])
 def test_networks(lanes, kind):
     torch.manual_seed(0)
