@@ -67,11 +67,13 @@ def test_refusal(tmp_path, monkeypatch, train_options, where, value, message):
 
 
 def test_refusals_of_fast_options(tmp_path, fast_options):
+    fast_options["datasets"]["train"].update(hardest_of=2, color="y")
     fast_options["train"]["precision"] = "bf61"
     fast_options["val"].update(precision="int8", save_best="ssim")
     with pytest.raises(UserError) as error:
         read(tmp_path, fast_options)
     for message in (
+        "datasets:train:hardest_of: chooses in RGB only",
         "train:precision: unknown 'bf61'; did you mean bf16",
         "val:precision: unknown 'int8'; known are bf16, fp16, fp32",
         "val:save_best: unknown 'ssim'; known are psnr; it must be one of val:metrics",
