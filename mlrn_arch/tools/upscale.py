@@ -365,7 +365,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--self-ensemble", action="store_true", help="average 8 flips and rotations: 8x the time")
     add("--tile", type=int, help="longest side of a tile in input pixels (default: by free memory)")
     add("--backend", choices=backends.NAMES, help="default: the quickest that is installed")
-    add("--device", help="cpu or cuda (default: a GPU if there is one)")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--precision", choices=["auto", *DTYPES], default="auto", help="default: auto")
     parser.epilog = f"""examples:
   mlrn upscale photos/*.jpg -o upscaled
