@@ -209,11 +209,9 @@ def test_tiles_of_a_network_with_esa(kind, self_ensemble, backend):
     assert difference.mean() < 0.01 and difference.max() < 1
 
 
-@pytest.mark.parametrize("name", ["x2", "x3", "x4"])
+@pytest.mark.parametrize("name", weights.names())
 def test_tiles_of_the_shipped_networks(name):
     """The figure of README: eight bits of a photograph in tiles and as a whole."""
-    if weights.info(name)["file"] is None:
-        pytest.skip(f"no weights of {name} are shipped yet")
     image = cv2.cvtColor(skimage.data.coffee()[100:250, 100:360], cv2.COLOR_RGB2BGR)
     tiled, whole = (
         Upscaler(name, device="cpu", backend="torch", tile=tile)(image).astype(int)
@@ -231,8 +229,6 @@ def test_less_exact_ways_of_the_shipped_network(backend, precision):
     """The figures of README: eight bits of a photograph, and what PyTorch makes of it in fp32."""
     if backend not in backends.available():
         pytest.skip(f"{backend} is not installed")
-    if weights.info("x4")["file"] is None:
-        pytest.skip("no weights of x4 are shipped yet")
     image = skimage.data.coffee()[100:180, 100:220]
     found, full = (
         Upscaler("x4", device="cpu", backend=b, precision=p)(image).astype(int)

@@ -10,8 +10,6 @@ from conftest import REPOSITORY, SHARED, mlrn, write_yaml
 
 from mlrn_arch import create_model, weights
 
-SHIPPED = [name for name in weights.names() if weights.info(name)["file"]]
-
 
 def test_names_are_the_papers_networks():
     # Parameters as Table 1 and Table 3 print them.
@@ -23,7 +21,7 @@ def test_names_are_the_papers_networks():
         assert not network.training
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", weights.names())
 def test_loads_by_name(name):
     network = create_model(name, pretrained=True)
     size = 24
@@ -61,7 +59,7 @@ def test_list_tells_every_network():
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs Set5 and Set14 in ../shared")
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", weights.names())
 def test_scores_are_those_of_mlrn_test(name, tmp_path):
     known = weights.info(name)
     scale = known["network_g"]["upscale"]

@@ -26,9 +26,6 @@ def run(args: argparse.Namespace) -> None:
         return
     for entry in known:
         name = f"{weights.PREFIX}{entry['name'].removeprefix('MLRN_')}"
-        if entry["file"] is None:
-            print(f"{name:16} no weights are shipped yet")
-            continue
         print(f"{name:16} {entry['iterations']:,} iterations on {entry['data']}")
         for dataset, score in entry["scores"].items():
             line = f"{score['PSNR']:.2f} / {score['SSIM']:.4f}"

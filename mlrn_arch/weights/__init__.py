@@ -1,7 +1,6 @@
 """The shipped checkpoints: `NAME.pth` with the EMA weights, `NAME.json` with origin and scores.
 
-A checkpoint is `{"params": state dict}`, as BasicSR saves and loads it. Where the file is missing,
-the network is known but no weights of it are shipped yet.
+A checkpoint is `{"params": state dict}`, as BasicSR saves and loads it.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def info(name: str) -> dict[str, Any]:
         `name`; `network_g`, its section of an option file; `iterations`, of all the option files
         in `recipe`, with which it was trained one after the other; `data` and `licence`;
         `scores`, `{set: {PSNR [dB], SSIM}}` on Y by `mlrn test`, and `paper`, the same as the
-        paper prints it; `file`, the checkpoint, or None.
+        paper prints it; `file`, the checkpoint.
 
     Raises:
         ValueError: No such network.
@@ -43,20 +42,16 @@ def info(name: str) -> dict[str, Any]:
     if full not in names():
         raise ValueError(f"no network is named {name!r}; there are {', '.join(names())}")
     known = json.loads((FOLDER / f"{full}.json").read_text(encoding="utf-8"))
-    file = FOLDER / f"{full}.pth"
-    return {"name": full, **known, "file": str(file) if file.exists() else None}
+    return {"name": full, **known, "file": str(FOLDER / f"{full}.pth")}
 
 
 def path(name: str) -> str:
     """The file of a shipped checkpoint; a name as `info` takes it, `mlrn://` in front or not.
 
     Raises:
-        ValueError: No such network, or no weights of it are shipped.
+        ValueError: No such network.
     """
-    known = info(name.removeprefix(PREFIX))
-    if known["file"] is None:
-        raise ValueError(f"no weights of {known['name']} are shipped; `mlrn weights` lists them")
-    return known["file"]
+    return info(name.removeprefix(PREFIX))["file"]
 
 
 def create_model(name: str, pretrained: bool = False, **arguments: Any) -> torch.nn.Module:
@@ -71,7 +66,7 @@ def create_model(name: str, pretrained: bool = False, **arguments: Any) -> torch
         The network: (n, 3, h, w) in [0, 1] -> (n, 3, h * upscale, w * upscale), on the CPU.
 
     Raises:
-        ValueError: No such network, or no weights of it are shipped.
+        ValueError: No such network.
         RuntimeError: `arguments` make another network than the one the weights are of.
     """
     options = {**info(name)["network_g"], **arguments}
