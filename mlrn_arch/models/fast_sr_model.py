@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import io
 import os
 import random
@@ -25,6 +24,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 from mlrn_arch.compat import newest_states
 from mlrn_arch.data import ResumableSampler
 from mlrn_arch.errors import UserError
+from mlrn_arch.memory import keep_freed_memory
 from mlrn_arch.models import cpu_kernels
 from mlrn_arch.models.muon import Muon
 
@@ -72,13 +72,12 @@ class FastSRModel(SRModel):
         self.loss_dict: dict[str, torch.Tensor] = {}
         self.samples, self.samples_since = 0, time.monotonic()
         self.samples_seen = 0
+        self.first_step = True
         super().__init__(opt)
 
     def model_to_device(self, net: torch.nn.Module) -> torch.nn.Module:
         """Move a network to the device, channels last, compiled and wrapped as the options say."""
         net = net.to(memory_format=self.memory_format)
-        if self.is_train and self.device.type == "cpu":
-            keep_freed_memory()
         train = self.opt.get("train") or {}
         if train.get("compile", False):
             net.compile()  # in place, so that the names in its state dict stay
@@ -177,6 +176,9 @@ class FastSRModel(SRModel):
         self.samples_seen += self.opt["world_size"] * len(self.lq)
         if self.device.type == "cpu":  # looking costs nothing here; on a GPU it is a sync
             self._check_finite()
+            if self.first_step:
+                keep_freed_memory(self.opt["world_size"])
+        self.first_step = False
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the EMA weights towards the weights, all of them in two kernels."""
@@ -373,18 +375,6 @@ class FastSRModel(SRModel):
             self.save(self.sampler.epoch if self.sampler else 0, done)
         get_root_logger().info(f"Stopped after iter {done}; --auto_resume goes on from there.")
         raise SystemExit(128 + signum)
-
-
-def keep_freed_memory() -> None:
-    """Let the process keep the memory of one step's activations for the next, if it runs on glibc.
-
-    By default glibc gives large blocks back as they are freed, and the system clears every page
-    of them anew. The peak stays as it is; between steps the process stays as large.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # there is no such function
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: all blocks come from the heap,
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def _get(opt: dict[str, Any], key: str) -> Any:

@@ -31,6 +31,7 @@ from mlrn_arch.archs.bicubic_arch import upsample_bicubic
 from mlrn_arch.archs.esa import ESA
 from mlrn_arch.archs.tile import STRIDE, OnTile
 from mlrn_arch.errors import UserError
+from mlrn_arch.memory import free_memory
 from mlrn_arch.models.fast_sr_model import DTYPES
 from mlrn_arch.tools import image_files
 from mlrn_arch.tools.image_files import BadImage
@@ -301,21 +302,6 @@ def _cut(side: int, tile: int) -> tuple[list[int], int]:
 def _ramp(size: int, like: Tensor) -> Tensor:
     """From 0 to 1 over the middle half: a network sees least at the rim of a tile."""
     return ((torch.arange(size, device=like.device) + 0.5) / size * 2 - 0.5).clamp_(0, 1)
-
-
-def free_memory() -> int:
-    """Bytes of memory that are free, to this machine or to the container it runs in."""
-    free = 4 * 2**30  # of a machine that does not tell
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line[:13] == "MemAvailable:")
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, StopIteration, ValueError):
-        pass  # no Linux, or no control groups
-    return max(free, 0)
 
 
 def _probe(network: nn.Module) -> tuple[int, int]:
