@@ -323,11 +323,22 @@ def test_killed_runs_continue_to_the_same_records(many, tmp_path):
     assert run(many, whole, *settings) == 0
 
     out = tmp_path / "D"
-    # commits after each image, so that a short run has something to lose and something to keep
-    script = (
-        "import sys; from mlrn_arch import cli; from mlrn_arch.tools import prepare; "
-        "prepare._COMMIT_BYTES = 0; sys.exit(cli.main())"
-    )
+    # commits after each image, so that a short run has something to lose and something to keep, and
+    # waits after a few, so that it does not end before it is killed
+    script = """
+import sys, time
+from mlrn_arch import cli
+from mlrn_arch.tools import prepare
+
+def waiting(*arguments, stream=prepare._stream):
+    for number, result in enumerate(stream(*arguments)):
+        if number == 5:
+            time.sleep(100)
+        yield result
+
+prepare._COMMIT_BYTES, prepare._stream = 0, waiting
+sys.exit(cli.main())
+"""
     command = [sys.executable, "-c", script, "prepare", str(many), str(out), *settings]
     journal = out / ".D.partial" / "journal"
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
