@@ -22,7 +22,7 @@ def free_memory() -> int:
     return max(free, 0)
 
 
-def keep_freed_memory(processes: int = 1) -> None:
+def keep_freed_memory(processes: int) -> None:
     """After the first training step: keep what a step frees for the next, on Linux with glibc.
 
     By default glibc gives large blocks back as they are freed, and the system clears every page

@@ -178,7 +178,7 @@ class FastSRModel(SRModel):
             self._check_finite()
             if self.first_step:
                 keep_freed_memory(self.opt["world_size"])
-        self.first_step = False
+                self.first_step = False
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the EMA weights towards the weights, all of them in two kernels."""
