@@ -663,7 +663,9 @@ def _check_paired(where: str, dataset: Options) -> Iterator[str]:
         yield f"{where}:hardest_of: {candidates!r} is no number of crops to choose from, 1 or more"
     elif candidates > 1 and dataset["type"] != "FastPairedImageDataset":
         yield f"{where}:hardest_of: only FastPairedImageDataset chooses; set type to it"
-    elif candidates > 1 and (dataset.get("color") == "y" or {"mean", "std"} & dataset.keys()):
+    elif candidates > 1 and (
+        dataset.get("color") == "y" or dataset.get("mean") or dataset.get("std")
+    ):
         yield f"{where}:hardest_of: chooses in RGB only, without color, mean and std; leave it out"
     if faults:
         return
