@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from basicsr.data import build_dataset
+from basicsr.losses import build_loss
+from basicsr.metrics import calculate_psnr
 from basicsr.models import build_model
 from conftest import make_fast, mlrn, start_training, write_yaml
 
@@ -88,6 +90,27 @@ def test_fp32_gives_stock_losses_step_by_step(build, train_options):
     assert found == pytest.approx(expected, rel=1e-4)
     for name, tensor in stock.net_g_ema.state_dict().items():
         torch.testing.assert_close(fast.net_g_ema.state_dict()[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_psnr_loss_is_what_the_validators_score():
+    loss = build_loss({"type": "PSNRLoss", "loss_weight": 0.5})
+    generator = torch.Generator().manual_seed(0)
+    gt = torch.randint(256, (3, 3, 64, 48), generator=generator) / 255
+    noise = torch.randn(gt.shape, generator=generator)
+    pred = gt + noise * torch.tensor([0.1, 0.02, 0.004]).view(3, 1, 1, 1)
+
+    def as_8_bits(images):
+        return (images * 255).round().permute(0, 2, 3, 1).numpy()
+
+    scores = [
+        calculate_psnr(image, other, crop_border=0)
+        for image, other in zip(as_8_bits(pred), as_8_bits(gt), strict=True)
+    ]
+    assert min(scores) < 21 and 47 < max(scores)
+    assert loss(pred, gt).item() == pytest.approx(-0.5 * np.mean(scores), abs=0.02)
+    pred.requires_grad_()
+    loss(pred, pred.detach()).backward()  # nothing to gain, and no infinity
+    assert not pred.grad.any()
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare")
