@@ -14,8 +14,8 @@ class PSNRLoss(nn.Module):
     """Minus the mean PSNR of a batch's images, on RGB.
 
     The mean absolute or squared error of a batch is that of its hardest images; in dB a tenth
-    less error counts the same in each. Images are scored as rounded to 8 bits, so that one of
-    58.9 dB has nothing left to gain.
+    less error counts the same in each. Images are scored as rounded to 8 bits, so that 58.9 dB is
+    the most one can have.
 
     Args:
         loss_weight: factor of the loss.
