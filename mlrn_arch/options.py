@@ -425,7 +425,13 @@ def _check_train(train: Options, model_type: str) -> Iterator[str]:
     if not losses:
         yield "train: has no loss; give it one, such as pixel_opt: {type: L1Loss}"
     for key, loss in losses.items():
-        yield from check_call(f"train:{key}", LOSS_REGISTRY, loss)
+        faults = list(check_call(f"train:{key}", LOSS_REGISTRY, loss))
+        yield from faults
+        if not faults and loss["type"] != "PerceptualLoss":  # which fetches the weights of VGG
+            try:
+                _build(f"train:{key}", LOSS_REGISTRY, loss)
+            except UserError as error:
+                yield str(error)
 
 
 def _unknown(name: Any, known: Any) -> str:
@@ -499,17 +505,21 @@ def build_network(network_g: Options, where: str = "network_g") -> tuple[torch.n
     """
     if faults := list(check_call(where, ARCH_REGISTRY, network_g)):
         raise UserError("; ".join(faults))
-    arguments = dict(network_g)
-    kind = _registered(arguments.pop("type"), ARCH_REGISTRY)
-    network_class = ARCH_REGISTRY.get(kind)
-    try:
-        network = network_class(**arguments)
-    except Exception as error:  # a network may refuse its arguments in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{where}: {kind} refuses these arguments: {reason}") from None
-    bound = inspect.signature(network_class).bind(**arguments)
+    network = _build(where, ARCH_REGISTRY, network_g)
+    arguments = {key: value for key, value in network_g.items() if key != "type"}
+    bound = inspect.signature(type(network)).bind(**arguments)
     bound.apply_defaults()
     return network, bound.arguments
+
+
+def _build(where: str, registry: Registry, opt: Options) -> torch.nn.Module:
+    arguments = dict(opt)
+    kind = _registered(arguments.pop("type"), registry)
+    try:
+        return registry.get(kind)(**arguments)
+    except Exception as error:  # a class may refuse its arguments in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{where}: {kind} refuses these arguments: {reason}") from None
 
 
 def check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[str]:

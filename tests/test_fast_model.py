@@ -92,25 +92,32 @@ def test_fp32_gives_stock_losses_step_by_step(build, train_options):
         torch.testing.assert_close(fast.net_g_ema.state_dict()[name], tensor, rtol=1e-2, atol=1e-4)
 
 
-def test_psnr_loss_is_what_the_validators_score():
-    loss = build_loss({"type": "PSNRLoss", "loss_weight": 0.5})
+@pytest.mark.parametrize("y_weight", [0, 0.8, 1])
+def test_psnr_loss_is_what_the_validators_score(y_weight):
+    loss = build_loss({"type": "PSNRLoss", "loss_weight": 0.5, "y_weight": y_weight})
     generator = torch.Generator().manual_seed(0)
     gt = torch.randint(256, (3, 3, 64, 48), generator=generator) / 255
     noise = torch.randn(gt.shape, generator=generator)
     pred = gt + noise * torch.tensor([0.1, 0.02, 0.004]).view(3, 1, 1, 1)
 
-    def as_8_bits(images):
-        return (images * 255).round().permute(0, 2, 3, 1).numpy()
+    def as_8_bits(images):  # BGR, as the validators have them
+        return (images * 255).round().permute(0, 2, 3, 1).flip(-1).numpy()
 
     scores = [
-        calculate_psnr(image, other, crop_border=0)
+        y_weight * calculate_psnr(image, other, crop_border=0, test_y_channel=True)
+        + (1 - y_weight) * calculate_psnr(image, other, crop_border=0)
         for image, other in zip(as_8_bits(pred), as_8_bits(gt), strict=True)
     ]
-    assert min(scores) < 21 and 47 < max(scores)
+    assert min(scores) < 26 and 47 < max(scores)
     assert loss(pred, gt).item() == pytest.approx(-0.5 * np.mean(scores), abs=0.02)
     pred.requires_grad_()
     loss(pred, pred.detach()).backward()  # nothing to gain, and no infinity
     assert not pred.grad.any()
+
+
+def test_psnr_loss_refuses_a_share_above_one():
+    with pytest.raises(ValueError, match="y_weight must be from 0 to 1, not 80"):
+        build_loss({"type": "PSNRLoss", "y_weight": 80})
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare")

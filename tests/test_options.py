@@ -44,6 +44,8 @@ REFUSED = [
     ("datasets:train:batch_size_per_gpu", 900, "8 images are less than one batch of 900"),
     ("train:pixel_opt:type", "L1", "train:pixel_opt:type: unknown 'L1'; did you mean L1Loss"),
     ("train:pixel_opt", None, "train: has no loss"),
+    ("train:pixel_opt:reduction", "median", "L1Loss refuses these arguments: Unsupported reduc"),
+    ("train:pixel_opt", "L1Loss", "train:pixel_opt:type: unknown"),
     ("train:optim_g:type", "adam", "train:optim_g:type: unknown 'adam'; did you mean Adam"),
     ("train:optim_g:lr", "5e-4", "train:optim_g:lr: 5e-4 is text to YAML; write 0.0005"),
     ("train:scheduler:type", "Step", "train:scheduler:type: unknown 'Step'"),

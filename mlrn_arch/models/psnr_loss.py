@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 import torch
+from basicsr.utils.color_util import rgb2ycbcr_pt
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import nn
 
-ROUNDING = 1 / 12 / 255**2  # the squared error that rounding to 8 bits adds on average
+# The squared error that rounding to 8 bits adds on average: to RGB, and through RGB to Y.
+ROUNDING = 1 / 12 / 255**2
+Y_ROUNDING = ROUNDING * (65.481**2 + 128.553**2 + 24.966**2) / 255**2
 
 
 @LOSS_REGISTRY.register()
 class PSNRLoss(nn.Module):
-    """Minus the mean PSNR of a batch's images, on RGB.
+    """Minus the mean PSNR of a batch's images, on RGB, on Y, or between the two.
 
     The mean absolute or squared error of a batch is that of its hardest images; in dB a tenth
     less error counts the same in each. Images are scored as rounded to 8 bits, so that 58.9 dB is
-    the most one can have.
+    the most one can have, and 63.7 dB on Y.
 
     Args:
         loss_weight: factor of the loss.
+        y_weight: share of the PSNR on Y, 0 to 1, the rest being that on RGB. Y alone would let
+            colours drift.
+
+    Raises:
+        ValueError: `y_weight` is not from 0 to 1.
     """
 
-    def __init__(self, loss_weight: float = 1.0) -> None:
+    def __init__(self, loss_weight: float = 1.0, y_weight: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= y_weight <= 1:
+            raise ValueError(f"y_weight must be from 0 to 1, not {y_weight}")
         self.loss_weight = loss_weight
+        self.y_weight = y_weight
 
     def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Compare images in [0, 1], (n, c, h, w); returns a scalar in dB, fp32."""
-        error = (pred.float() - target.float()).square().mean(dim=(1, 2, 3))
-        return self.loss_weight * 10 * torch.log10(error + ROUNDING).mean()
+        """Compare images in [0, 1], RGB (n, 3, h, w) or Y (n, 1, h, w); returns dB, fp32."""
+        pred, target = pred.float(), target.float()
+        loss = _minus_psnr(pred, target, ROUNDING)
+        if self.y_weight and pred.shape[1] == 3:
+            y = rgb2ycbcr_pt(pred, y_only=True), rgb2ycbcr_pt(target, y_only=True)
+            loss = loss.lerp(_minus_psnr(*y, Y_ROUNDING), self.y_weight)
+        return self.loss_weight * loss
+
+
+def _minus_psnr(pred: torch.Tensor, target: torch.Tensor, rounding: float) -> torch.Tensor:
+    error = (pred - target).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(error + rounding).mean()
