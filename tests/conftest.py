@@ -27,7 +27,7 @@ def mlrn(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=600,  # a busy machine takes several times as long
         **kwargs,
     )
 

@@ -326,9 +326,12 @@ def test_killed_runs_continue_to_the_same_records(many, tmp_path):
     # commits after each image, so that a short run has something to lose and something to keep, and
     # waits after a few, so that it does not end before it is killed
     script = """
-import sys, time
+import signal, sys, time
 from mlrn_arch import cli
 from mlrn_arch.tools import prepare
+
+# which shells make what they run in the background ignore, and that its children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def waiting(*arguments, stream=prepare._stream):
     for number, result in enumerate(stream(*arguments)):
