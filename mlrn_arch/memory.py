@@ -4,22 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
-def free_memory() -> int:
-    """Bytes of memory that are free, to this machine or to the container it runs in."""
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that are free to this process.
+
+    Args:
+        root: The folder of `proc` and `sys`.
+
+    Returns:
+        What the machine has available or, if that is less, what the limits of the container or
+        batch job leave: of control groups of version 1 and 2, the process's own and all above it.
+    """
     free = 4 * 2**30  # of a machine that does not tell
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+    # Any other system than Linux lacks these files.
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line[:13] == "MemAvailable:")
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, StopIteration, ValueError):
-        pass  # no Linux, or no control groups
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                top, limit, usage = "", "memory.max", "memory.current"
+            elif "memory" in controllers.split(","):
+                top, limit, usage = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            else:
+                continue
+            # A container may see no more than the topmost of them, which then is its own.
+            for part in (PurePosixPath(path), *PurePosixPath(path).parents):
+                group = root / "sys/fs/cgroup" / top / part.relative_to("/")
+                if (group / limit).exists() and (most := (group / limit).read_text()) != "max\n":
+                    used = int((group / usage).read_text())
+                    free = min(free, int(most) - used + _cached(group / "memory.stat"))
     return max(free, 0)
+
+
+def _cached(stat: Path) -> int:
+    """Bytes of files that a group is charged with, and that make way for what it allocates."""
+    values = dict(line.split() for line in stat.read_text().splitlines())
+    # With "total_" it is that of the groups below as well, which version 2 counts anyway.
+    kinds = ("inactive_file", "active_file")
+    return sum(int(values.get(f"total_{kind}", values.get(kind, 0))) for kind in kinds)
 
 
 def keep_freed_memory(processes: int) -> None:

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from mlrn_arch import Upscaler, backends, weights
 from mlrn_arch.errors import UserError
+from mlrn_arch.memory import free_memory
 from mlrn_arch.tools import image_files, upscale
 
 TINY = {"type": "MLRN", "upscale": 2, "num_feat": 8, "num_block": 1, "esa_feat": 4}
@@ -407,6 +408,39 @@ def test_an_output_beyond_memory_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(upscale, "free_memory", lambda: 14000)  # 60 x 60 x 4 bytes are more
     code, _, err = run("a.png")
     assert code == 2 and "60x60" in err
+
+
+V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+STAT = {
+    V1: "active_file 1\ninactive_file 1\ntotal_inactive_file 5000\ntotal_active_file 3000\n",
+    V2: "anon 1\ninactive_file 5000\nactive_file 3000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("told", "group", "names", "limit", "free"),
+    [
+        # a container, whose cached files make way
+        ("0::/", "", V2, "40000", 18_000),
+        # a step of a batch job, limited by the job
+        ("0::/slurm/job_7/step_0", "slurm/job_7", V2, "40000", 18_000),
+        ("0::/", "", V2, "max", 102_400),
+        # a container that is told its path on the host, but has its files at the top
+        ("5:cpu,cpuacct:/\n4:memory:/docker/d2\n0::/", "memory", V1, "40000", 18_000),
+        ("4:memory:/a", "memory/a", V1, "9223372036854771712", 102_400),
+        ("4:memory:/a", "memory/a", V1, "20000", 0),
+    ],
+)
+def test_the_limits_of_containers_and_batch_jobs(tmp_path, told, group, names, limit, free):
+    """The files are as the kernel documents them, in cgroup-v1/memory.rst and cgroup-v2.rst."""
+    group = tmp_path / "sys/fs/cgroup" / group
+    for folder in (group, tmp_path / "proc/self"):
+        folder.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 400 kB\nMemAvailable: 100 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(told + "\n")
+    for name, text in zip((*names, "memory.stat"), (limit, "30000", STAT[names]), strict=True):
+        (group / name).write_text(text.rstrip() + "\n")
+    assert free_memory(tmp_path) == free
 
 
 def test_a_checkpoint_says_which_mlrn_it_is_of(run, tmp_path, network, option_file):
