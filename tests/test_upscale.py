@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
+import tifffile
 import torch
 from basicsr.archs import build_network
 from conftest import write_yaml
@@ -304,8 +305,6 @@ def test_orientation_and_exif(run, tmp_path, network, orientation, name):
         kinds = [cv2.IMAGE_METADATA_EXIF, cv2.IMAGE_METADATA_ICCP]
         cv2.imwriteWithMetadata(str(tmp_path / name), image[..., ::-1], kinds, [tags, profile])
     else:
-        import tifffile
-
         image = smooth(30, 44, 3, 65535)
         extra = [(274, "H", 1, orientation, False)]
         tifffile.imwrite(tmp_path / name, image, photometric="rgb", extratags=extra, iccprofile=ICC)
@@ -327,6 +326,46 @@ def test_orientation_and_exif(run, tmp_path, network, orientation, name):
         if name != "deep.tif":
             assert written.getexif()[0x010F] == "A camera"
         assert written.info.get("icc_profile") == (None if name == "photo.jpg" else ICC)
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("name", ["photo.jpg", "scan.tif"])
+def test_what_exif_says_is_kept_in_every_format(run, tmp_path, name, format):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x011A] = "A maker", 300.0
+    shot = {0x829A: 0.01, 0xA002: 44, 0xA005: {1: "R98"}} if name == "photo.jpg" else {}
+    place = {1: "N", 2: (48.0, 8.0, 30.0)} if name == "photo.jpg" else {}
+    for part, tags in ((0x8769, shot), (0x8825, place)):
+        if tags:
+            exif.get_ifd(part).update(tags)
+    Image.fromarray(smooth(30, 44, 3)).save(tmp_path / name, exif=exif)
+    code, _, err = run(name, "--format", format)
+    assert (code, err) == (0, "")
+    with Image.open(tmp_path / f"upscaled/{name[:-4]}_x2.{format}") as image:
+        kept = image.getexif()
+        assert (kept[0x010F], kept[0x011A]) == ("A maker", 300)
+        # not the size of the input, nor where in its file something was
+        assert kept.get_ifd(0x8769) == {tag: v for tag, v in shot.items() if tag == 0x829A}
+        assert kept.get_ifd(0x8825) == place
+
+
+def test_exif_that_a_jpeg_cannot_hold_is_left_behind_with_a_line(run, tmp_path):
+    exif = Image.Exif()
+    exif[0x010F], exif.get_ifd(0x8769)[0x927C] = "A maker", bytes(70_000)
+    Image.fromarray(smooth(30, 44, 3)).save(tmp_path / "a.png", exif=exif)
+    code, _, err = run("a.png", "--format", "jpg")
+    assert code == 0 and "without its EXIF" in err and len(err.splitlines()) == 1
+    with Image.open(tmp_path / "upscaled/a_x2.jpg") as image:
+        assert image.size == (88, 60) and not image.getexif()
+
+
+def test_a_deep_scan_whose_white_is_zero(run, tmp_path, network):
+    image = smooth(30, 44, 1, 65535)
+    tifffile.imwrite(tmp_path / "scan.tif", 65535 - image[..., 0], photometric="miniswhite")
+    assert run("scan.tif")[0] == 0
+    expected = direct(network, np.repeat(image, 3, axis=-1) / 65535).mean(-1)
+    output = tifffile.imread(tmp_path / "upscaled/scan_x2.tif")
+    assert np.abs(output - rounded(expected, 65535)).max() <= 2
 
 
 def test_grey_palette_and_transparency(run, tmp_path, network):
@@ -363,10 +402,12 @@ def test_what_is_there_is_kept_and_what_is_bad_is_named(run, tmp_path):
     whole = (photos / "good.png").read_bytes()
     (photos / "torn.png").write_bytes(whole[: len(whole) // 2])
     (photos / "text.jpg").write_text("no image")
+    planes = smooth(30, 30, 3, 65535).transpose(2, 0, 1)
+    tifffile.imwrite(photos / "planes.tif", planes, photometric="rgb", planarconfig="separate")
     code, out, err = run(photos, "absent.png", "-o", "large", "--format", "jpg")
-    assert code == 1 and "1 of 5" in out
-    assert len(err.splitlines()) == 4 and "Traceback" not in err
-    for name in ("torn.png", "text.jpg", "glass.png", "absent.png"):
+    assert code == 1 and "1 of 6" in out
+    assert len(err.splitlines()) == 5 and "Traceback" not in err
+    for name in ("torn.png", "text.jpg", "planes.tif", "glass.png", "absent.png"):
         assert sum(name in line for line in err.splitlines()) == 1
     assert [f.name for f in (tmp_path / "large").iterdir()] == ["good_x2.jpg"]
 

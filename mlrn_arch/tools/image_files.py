@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ FORMATS = {
     ".tiff": "TIFF",
 }
 LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that a format and its library allow
-_ORIENTATION, _EXIF_IFD = 0x0112, 0x8769
+JPEG_EXIF = 65533  # bytes
+_ORIENTATION, _EXIF_IFD, _GPS_IFD = 0x0112, 0x8769, 0x8825
 # Of the tags below 700 these describe the photograph; the others the layout of a TIFF file, which
 # is not that of our output.
 _DESCRIPTIVE = {269, 270, 271, 272, _ORIENTATION, 282, 283, 285, 296, 305, 306, 315, 316}
@@ -89,12 +91,18 @@ def read(path: Path) -> Picture:
                 kept = _kept(exif)
             except Exception:  # EXIF may be broken in as many ways as there are cameras
                 note = "without its EXIF, which is broken"
+            tags = getattr(image, "tag_v2", {})  # of a TIFF
+            if tags.get(284) == 2 and max(tags.get(258, [8])) > 8:
+                # Pillow and OpenCV both read it, wrongly.
+                raise BadImage("16 bits with each channel stored apart; save it interleaved")
             if mode == "F":
                 raise BadImage("floating-point pixels, whose range is not known")
             if is_deep:
                 array = _read_deep(path, grey)
                 if image.format == "TIFF":
                     orientation = 1  # OpenCV turns these, and only these, itself
+                if tags.get(262) == 0:  # white is zero, which OpenCV passes over
+                    array = 65535 - array
             else:
                 if mode == "CMYK" and icc:
                     # A CMYK profile says nothing of RGB: convert by it, and leave it behind.
@@ -113,7 +121,7 @@ def read(path: Path) -> Picture:
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("not an image, or broken") from None
+        raise BadImage("not an image, broken, or of a kind that is not read here") from None
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
     except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
@@ -130,8 +138,9 @@ def _kept(exif: Image.Exif) -> bytes:
         del exif[tag]
     if _ORIENTATION in exif:
         exif[_ORIENTATION] = 1
-    for tag in (0xA002, 0xA003):
-        exif.get_ifd(_EXIF_IFD).pop(tag, None)
+    if _EXIF_IFD in exif:  # get_ifd would make it
+        for tag in (0xA002, 0xA003, 0xA005):  # the size, and a pointer that Pillow leaves as it was
+            exif.get_ifd(_EXIF_IFD).pop(tag, None)
     return exif.tobytes() if len(exif) else b""
 
 
@@ -204,14 +213,21 @@ def write(
             options = {
                 "JPEG": {"quality": quality, "subsampling": 0},
                 "WEBP": {"quality": quality},
-                "TIFF": {"compression": "tiff_adobe_deflate"},
             }.get(kind, {})
             if picture.exif:
                 options["exif"] = picture.exif
+            if kind == "TIFF":
+                exif, large = Image.Exif(), math.prod(shape) > 4e9
+                exif.load(picture.exif)
+                if large or {_EXIF_IFD, _GPS_IFD} & exif.keys():
+                    options["big_tiff"] = large  # neither of them can Pillow write compressed
+                else:
+                    options["compression"] = "tiff_adobe_deflate"
             image.save(part, kind, icc_profile=picture.icc, **options)
         os.replace(part, path)
-    except OSError as error:
-        raise BadImage(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadImage(f"cannot write {path}: {reason}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -228,6 +244,7 @@ def _write_deep(path: Path, kind: str, array: np.ndarray, picture: Picture) -> N
             planarconfig="contig" if channels > 1 else None,
             extrasamples=["unassalpha"] if channels in (2, 4) else None,
             compression="zlib",
+            bigtiff=array.nbytes > 4e9,
             iccprofile=picture.icc,
             metadata=None,
         )
