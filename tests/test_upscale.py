@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -357,6 +359,18 @@ def test_exif_that_a_jpeg_cannot_hold_is_left_behind_with_a_line(run, tmp_path):
     assert code == 0 and "without its EXIF" in err and len(err.splitlines()) == 1
     with Image.open(tmp_path / "upscaled/a_x2.jpg") as image:
         assert image.size == (88, 60) and not image.getexif()
+
+
+def test_a_deep_png_with_one_transparent_grey(tmp_path):
+    image = smooth(30, 44, 1, 65535)
+    kind = b"tRNS" + struct.pack(">H", image[5, 5, 0])
+    chunk = struct.pack(">I", 2) + kind + struct.pack(">I", zlib.crc32(kind))
+    data = cv2.imencode(".png", image)[1].tobytes()
+    start = data.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(data[:start] + chunk + data[start:])
+    array = image_files.read(tmp_path / "a.png").array
+    opaque = 65535 * (image != image[5, 5])
+    assert np.array_equal(array, np.concatenate([image, opaque], axis=-1))
 
 
 def test_a_deep_scan_whose_white_is_zero(run, tmp_path, network):

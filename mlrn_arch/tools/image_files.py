@@ -80,8 +80,9 @@ def read(path: Path) -> Picture:
         with Image.open(path) as image:
             mode, icc, note = image.mode, image.info.get("icc_profile"), ""
             has_alpha = mode[-1] in "Aa" or "transparency" in image.info
-            grey = mode.split(";")[0] in ("1", "L", "LA", "La", "I")
-            is_deep = mode.startswith("I") or ";16" in str(image.tile)  # getexif empties `tile`
+            coding = str(image.tile)  # which getexif empties
+            grey = mode.split(";")[0] in ("1", "L", "LA", "La", "I") or "LA;16" in coding
+            is_deep = mode.startswith("I") or ";16" in coding
             if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
                 note = f"only the first of its {frames} frames or pages"
             exif = image.getexif()
@@ -101,6 +102,9 @@ def read(path: Path) -> Picture:
                 array = _read_deep(path, grey)
                 if image.format == "TIFF":
                     orientation = 1  # OpenCV turns these, and only these, itself
+                if array.ndim == 2 and has_alpha:  # of the one grey of a PNG that is transparent
+                    alpha = np.where(array == image.info["transparency"], 0, 65535)
+                    array = np.dstack([array, alpha.astype(np.uint16)])
                 if tags.get(262) == 0:  # white is zero, which OpenCV passes over
                     array = 65535 - array
             else:
