@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mlrn_arch.archs.esa import ESA
 from mlrn_arch.archs.tile import OnTile
-from mlrn_arch.errors import UserError
+from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.models.fast_sr_model import DTYPES
 from mlrn_arch.options import cpu_computes_in_bf16
 
@@ -140,17 +140,13 @@ def load(
             else:
                 run = (_mnn if name == "mnn" else _onnxruntime)(network)
         except Exception as error:  # an exporter may fail in any way
-            reason = f"{name} cannot run {type(network).__name__}: {_first_line(error)}"
+            reason = f"{name} cannot run {type(network).__name__}: {first_line(error)}"
             if not fallback:
                 raise UserError(f"{reason}; take the back end torch") from None
             print(f"note: {reason}", file=sys.stderr)
         else:
             return _leave_small_images_to(network, run)
     return _torch(network, device, precision)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _torch(network: nn.Module, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:

@@ -13,6 +13,11 @@ class UserError(Exception):
     """A mistake of the user: its text says what is wrong, where, and what to do about it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; the name of its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run(name: str, main: Callable[[], int | None]) -> int:
     """Run an entry point and return its exit code: 2 for a `UserError`, 130 for Ctrl-C.
 

@@ -40,7 +40,7 @@ from basicsr.utils.registry import (
 
 from mlrn_arch import weights
 from mlrn_arch.compat import newest_states
-from mlrn_arch.errors import UserError
+from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.models.fast_sr_model import DTYPES
 
 Options = dict[str, Any]
@@ -518,8 +518,7 @@ def _build(where: str, registry: Registry, opt: Options) -> torch.nn.Module:
     try:
         return registry.get(kind)(**arguments)
     except Exception as error:  # a class may refuse its arguments in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{where}: {kind} refuses these arguments: {reason}") from None
+        raise UserError(f"{where}: {kind} refuses these arguments: {first_line(error)}") from None
 
 
 def check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[str]:
@@ -563,7 +562,9 @@ def _load_checkpoint(path: str) -> Options:
     except Exception as error:  # torn, foreign or unsafe: torch tells them in many ways
         if path.startswith(weights.PREFIX):
             raise UserError(str(error)) from None
-        reason = str(error).splitlines()[0]
+        # What unpickling found comes after advice to load the file unsafely.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        reason = (reason or first_line(error)).splitlines()[0].split(". ")[0]
         raise UserError(f"{path} is no whole PyTorch checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds no state dict; give a checkpoint of the network")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -137,8 +138,12 @@ def test_checkpoints_that_do_not_fit(tmp_path, train_options):
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"lacks conv_first.weight.* and \d+ more; the network has"):
         read(tmp_path, train_options)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="is no whole PyTorch checkpoint"):
+    for torn in (path.read_bytes()[:100], b""):
+        path.write_bytes(torn)
+        with pytest.raises(UserError, match="is no whole PyTorch checkpoint"):
+            read(tmp_path, train_options)
+    torch.save({"params": np.random.default_rng(0)}, path)
+    with pytest.raises(UserError, match=r"no whole .*\(Unsupported global: [^\n]*numpy[^\n]*\)"):
         read(tmp_path, train_options)
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from mlrn_arch import __version__, backends, options, weights
-from mlrn_arch.errors import UserError
+from mlrn_arch.errors import UserError, first_line
 
 FORMS = (".onnx", ".xml", ".safetensors", ".pth")
 # Odd, low, and below what a plain export of ESA takes; then what every network takes.
@@ -153,8 +153,7 @@ def _to_onnx(network: nn.Module):
     except Exception as error:  # torch tells in many ways what it cannot export
         name = type(getattr(network, "network", network)).__name__
         raise UserError(
-            f"{name} cannot be exported with height and width left open: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{name} cannot be exported with height and width left open: {first_line(error)}"
         ) from None
 
 
@@ -194,9 +193,7 @@ def _difference(y: Tensor, run: Callable[[Any], Any], x: Any) -> float:
     try:
         z = torch.from_numpy(run(x))
     except Exception as error:  # either runtime refuses a graph in its own way
-        raise UserError(
-            f"the exported network does not run: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"the exported network does not run: {first_line(error)}") from None
     return (z.float() - y.float()).abs().max().item() if z.shape == y.shape else float("inf")
 
 

@@ -49,7 +49,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 from mlrn_arch import backends, options
-from mlrn_arch.errors import UserError
+from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.models.fast_sr_model import DTYPES
 from mlrn_arch.tools import ntire2023
 from mlrn_arch.tools.benchmark import cpu_name
@@ -216,10 +216,6 @@ def _subject(name: str, args: argparse.Namespace) -> Subject:
     return Subject(name, network, upscale, (1, *frames, channels, height, width))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 # --- counts -------------------------------------------------------------------------------------
 
 
@@ -291,7 +287,7 @@ def count(
             raise
         except Exception as error:  # each network fails in its own way
             taken = " x ".join(map(str, shape))
-            raise UserError(f"cannot take an input of {taken}: {_first_line(error)}") from None
+            raise UserError(f"cannot take an input of {taken}: {first_line(error)}") from None
 
 
 def _count_on(
@@ -360,7 +356,7 @@ def _measure(
                 ready.append((subject, network, x, calls, []))
             except Exception as error:  # out of memory, or no kernel for this precision
                 subject.network.to("cpu")
-                faults.append(f"{subject.name}: cannot run on {device}: {_first_line(error)}")
+                faults.append(f"{subject.name}: cannot run on {device}: {first_line(error)}")
         for _ in tqdm(range(rounds), desc="rounds", disable=None):
             for _, network, x, calls, turns in ready:
                 turns.append(_seconds(network, x, calls) / calls)

@@ -30,7 +30,7 @@ from mlrn_arch import backends, options
 from mlrn_arch.archs.bicubic_arch import upsample_bicubic
 from mlrn_arch.archs.esa import ESA
 from mlrn_arch.archs.tile import STRIDE, OnTile
-from mlrn_arch.errors import UserError
+from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.memory import free_memory
 from mlrn_arch.models.fast_sr_model import DTYPES
 from mlrn_arch.tools import image_files
@@ -317,7 +317,7 @@ def _probe(network: nn.Module) -> tuple[int, int]:
             with torch.inference_mode():
                 shape = network(torch.zeros(1, channels, MIN_SIZE, MIN_SIZE, device=device)).shape
         except Exception as error:  # each network refuses in its own way
-            faults.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            faults.append(first_line(error))
             continue
         scale = shape[-1] // MIN_SIZE
         if scale and tuple(shape) == (1, channels, scale * MIN_SIZE, scale * MIN_SIZE):
@@ -407,7 +407,7 @@ def run(args: argparse.Namespace) -> int:
             except BadImage as reason:
                 note = str(reason)
             except (MemoryError, RuntimeError) as error:  # torch's out of memory is the latter
-                note = (str(error) or "out of memory").splitlines()[0]
+                note = first_line(error) if str(error) else "out of memory"
             if note:
                 bar.write(f"mlrn upscale: {path}: {note}", file=sys.stderr)
             bar.update(end - bar.n)
