@@ -14,6 +14,7 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
+import tifffile
 from conftest import REPOSITORY, mlrn
 from PIL import Image
 
@@ -174,6 +175,23 @@ def test_every_kind_of_image_and_what_is_said_of_it(tmp_path, capsys):
         "3 turned",
     ):
         assert text in said
+
+
+def test_deep_tiffs_that_opencv_misreads(tmp_path, capsys):
+    source = tmp_path / "in"
+    source.mkdir()
+    rgb = photo(24, 24)[..., ::-1]
+    deep = rgb.astype(np.uint16) * 257
+    tifffile.imwrite(source / "negative.tif", 65535 - deep[..., 0], photometric="miniswhite")
+    planes = deep.transpose(2, 0, 1)
+    tifffile.imwrite(source / "planes.tif", planes, photometric="rgb", planarconfig="separate")
+    run(source, tmp_path / "D", "--crop-size", 24, "--step", 24)
+    hr = records(tmp_path / "D" / "D_train_HR_sub.lmdb")
+    assert set(hr) == {"negative_s001"}
+    grey = np.repeat(rgb[..., :1], 3, axis=-1)
+    np.testing.assert_array_equal(decoded(hr["negative_s001"]), grey)
+    said = capsys.readouterr()
+    assert "planes.tif: 16 bits with each channel stored apart" in said.out + said.err
 
 
 def test_keys_are_safe_unique_and_steady(tmp_path):

@@ -24,7 +24,6 @@ FORMATS = {
     ".tiff": "TIFF",
 }
 LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that a format and its library allow
-JPEG_EXIF = 65533  # bytes
 _ORIENTATION, _EXIF_IFD, _GPS_IFD = 0x0112, 0x8769, 0x8825
 # Of the tags below 700 these describe the photograph; the others the layout of a TIFF file, which
 # is not that of our output.
@@ -70,6 +69,29 @@ def size(path: Path) -> int:
         return 0
 
 
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image has 16 bits a channel; Pillow would cut colour to the upper 8.
+
+    Args:
+        image: As it was opened: `getexif` empties what tells.
+
+    Raises:
+        BadImage: Its pixels are floating-point, or 16 bits in planes.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if tags.get(284) == 2 and max(tags.get(258, [8])) > 8:
+        # Pillow and OpenCV both read it, wrongly.
+        raise BadImage("16 bits with each channel stored apart; save it interleaved")
+    if image.mode == "F":
+        raise BadImage("floating-point pixels, whose range is not known")
+    return image.mode.startswith("I") or ";16" in str(image.tile)
+
+
+def white_is_zero(image: Image.Image) -> bool:
+    """Whether an image is a TIFF stored as a negative, which OpenCV passes over."""
+    return getattr(image, "tag_v2", {}).get(262) == 0
+
+
 def read(path: Path) -> Picture:
     """Read an image file.
 
@@ -80,9 +102,8 @@ def read(path: Path) -> Picture:
         with Image.open(path) as image:
             mode, icc, note = image.mode, image.info.get("icc_profile"), ""
             has_alpha = mode[-1] in "Aa" or "transparency" in image.info
-            coding = str(image.tile)  # which getexif empties
-            grey = mode.split(";")[0] in ("1", "L", "LA", "La", "I") or "LA;16" in coding
-            is_deep = mode.startswith("I") or ";16" in coding
+            grey = mode.split(";")[0] in ("1", "L", "LA", "La", "I") or "LA;16" in str(image.tile)
+            deep = is_deep(image)
             if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
                 note = f"only the first of its {frames} frames or pages"
             exif = image.getexif()
@@ -92,20 +113,14 @@ def read(path: Path) -> Picture:
                 kept = _kept(exif)
             except Exception:  # EXIF may be broken in as many ways as there are cameras
                 note = "without its EXIF, which is broken"
-            tags = getattr(image, "tag_v2", {})  # of a TIFF
-            if tags.get(284) == 2 and max(tags.get(258, [8])) > 8:
-                # Pillow and OpenCV both read it, wrongly.
-                raise BadImage("16 bits with each channel stored apart; save it interleaved")
-            if mode == "F":
-                raise BadImage("floating-point pixels, whose range is not known")
-            if is_deep:
+            if deep:
                 array = _read_deep(path, grey)
                 if image.format == "TIFF":
                     orientation = 1  # OpenCV turns these, and only these, itself
                 if array.ndim == 2 and has_alpha:  # of the one grey of a PNG that is transparent
                     alpha = np.where(array == image.info["transparency"], 0, 65535)
                     array = np.dstack([array, alpha.astype(np.uint16)])
-                if tags.get(262) == 0:  # white is zero, which OpenCV passes over
+                if white_is_zero(image):
                     array = 65535 - array
             else:
                 if mode == "CMYK" and icc:
@@ -192,7 +207,7 @@ def write(
         bands: The rows from top to bottom, (rows, w, c) each, of `dtype`.
         shape: (h, w, c) of them all; `check` has nothing against it.
         dtype: uint8, or uint16 for PNG and TIFF.
-        picture: Where profile and EXIF come from.
+        picture: Where profile and EXIF come from; its note says if the format cannot hold them.
         quality: Of JPEG and WebP, 1 to 100.
 
     Raises:
@@ -218,7 +233,9 @@ def write(
                 "JPEG": {"quality": quality, "subsampling": 0},
                 "WEBP": {"quality": quality},
             }.get(kind, {})
-            if picture.exif:
+            if kind == "JPEG" and len(picture.exif) > 65533:
+                picture.note = "without its EXIF, which is more than a JPEG holds"
+            elif picture.exif:
                 options["exif"] = picture.exif
             if kind == "TIFF":
                 exif, large = Image.Exif(), math.prod(shape) > 4e9

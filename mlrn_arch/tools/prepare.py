@@ -38,6 +38,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from mlrn_arch.errors import UserError
+from mlrn_arch.tools.image_files import BadImage, is_deep, white_is_zero
 from mlrn_arch.tools.resize import imresize
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -54,10 +55,6 @@ _NOTES = {
     "turned": "turned as their EXIF says",
     "colour": "in another colour space (converted to RGB)",
 }
-
-
-class _Unusable(Exception):
-    """An image that is left out; the text is the reason."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,26 +206,25 @@ def _decode(path: Path) -> tuple[np.ndarray, list[str]]:
                 notes.append("colour")
             if mode[-1] in "Aa" or "transparency" in image.info:
                 notes.append("alpha")
-            is_deep = mode.startswith("I") or ";16" in str(image.tile)  # getexif empties `tile`
+            deep = is_deep(image)
             if image.getexif().get(0x0112, 1) != 1:
                 notes.append("turned")
-            if is_deep:
-                # Pillow would cut 16-bit colour to its upper 8 bits; OpenCV reads (and turns) it
-                flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
-                deep = cv2.imdecode(np.fromfile(path, np.uint8), flags)
-                if deep is None or deep.dtype != np.uint16:
-                    raise _Unusable("broken, or neither of 8 nor of 16 bits a channel")
-                img = ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)  # rounded x / 257
+            if deep:
+                flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH  # which turns it, too
+                img = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+                if img is None or img.dtype != np.uint16:
+                    raise BadImage("broken, or neither of 8 nor of 16 bits a channel")
+                if white_is_zero(image):
+                    img = 65535 - img
+                img = ((img.astype(np.uint32) + 128) // 257).astype(np.uint8)  # rounded x / 257
                 return (img[..., 0] if grey else img), [*notes, "deep"]
-            if mode == "F":
-                raise _Unusable("floating-point pixels, whose range is not known")
             image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
     except UnidentifiedImageError:
-        raise _Unusable("not an image, or broken") from None
-    except _Unusable:
+        raise BadImage("not an image, or broken") from None
+    except BadImage:
         raise
     except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
-        raise _Unusable(str(error) or type(error).__name__) from error
+        raise BadImage(str(error) or type(error).__name__) from error
     img = np.asarray(image)
     return (img if grey else cv2.cvtColor(img, cv2.COLOR_RGB2BGR)), notes
 
@@ -255,7 +251,7 @@ def _stream(
                 key, path, future = ahead.popleft()
                 try:
                     result = future.result()
-                except _Unusable as reason:
+                except BadImage as reason:
                     bar.write(f"left out: {path}: {reason}", file=sys.stderr)
                     result = None
                 except BrokenProcessPool:
@@ -319,7 +315,7 @@ def _pair(key: str, path: Path, output: Path, scales: list[int], overwrite: bool
         return ["kept"]
     img, notes = _decode(path)
     if min(img.shape[:2]) < max(scales):
-        raise _Unusable(f"{img.shape[1]}x{img.shape[0]} is less than one LR pixel")
+        raise BadImage(f"{img.shape[1]}x{img.shape[0]} is less than one LR pixel")
     for s in scales:
         gt = img[: img.shape[0] // s * s, : img.shape[1] // s * s]
         for file in missing("GTmod", s):
@@ -454,7 +450,7 @@ def _cut(
     height, width = (side // _MULTIPLE * _MULTIPLE for side in img.shape[:2])
     if min(height, width) < crop_size:
         size = f"{img.shape[1]}x{img.shape[0]}"
-        raise _Unusable(f"{size} pixels, smaller than --crop-size {crop_size}")
+        raise BadImage(f"{size} pixels, smaller than --crop-size {crop_size}")
     img, records = img[:height, :width], []
     level = [cv2.IMWRITE_PNG_COMPRESSION, 1] if file_format == "png" else []
     for s in scales:

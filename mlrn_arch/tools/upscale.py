@@ -484,8 +484,6 @@ def _upscale(
     shape = (height * upscaler.scale, width * upscaler.scale, channels)
     image_files.check(output, shape)
     kind = image_files.FORMATS[output.suffix.lower()]
-    if kind == "JPEG" and len(picture.exif) > image_files.JPEG_EXIF:
-        picture.exif, picture.note = b"", "without its EXIF, which is more than a JPEG holds"
     dtype = picture.array.dtype if kind in ("PNG", "TIFF") else np.dtype(np.uint8)
     held = 4 if dtype == np.uint8 and channels > 1 else channels * dtype.itemsize
     need, free = shape[0] * shape[1] * held, free_memory()
