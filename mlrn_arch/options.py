@@ -41,7 +41,8 @@ from basicsr.utils.registry import (
 from mlrn_arch import weights
 from mlrn_arch.compat import newest_states
 from mlrn_arch.errors import UserError, first_line
-from mlrn_arch.models.fast_sr_model import DTYPES
+from mlrn_arch.models.distill_model import misfit
+from mlrn_arch.models.fast_sr_model import DTYPES, FastSRModel, inherit_weights
 
 Options = dict[str, Any]
 
@@ -303,6 +304,8 @@ def _set_defaults_and_paths(opt: Options) -> list[str]:
     opt["path"]["experiments_root" if opt["is_train"] else "results_root"] = root
     opt["path"]["log"] = root
     opt["path"]["visualization"] = os.path.join(root, "visualization")
+    if "network_t" in opt:  # a teacher is not saved with a run
+        opt["path"].setdefault("ignore_resume_networks", ["network_t"])
     if opt["is_train"]:
         opt["path"]["models"] = os.path.join(root, "models")
         opt["path"]["training_states"] = os.path.join(root, "training_states")
@@ -373,7 +376,12 @@ def check(opt: Options) -> Iterator[str]:
         or (opt["auto_resume"] and newest_states(opt["path"]["training_states"]))
     )
     for key in [key for key in opt if key.startswith("network_")]:
-        yield from check_network(opt, key, ignore_checkpoint=bool(resuming))
+        own = key != "network_t"  # a teacher is loaded anew when a run is resumed
+        yield from check_network(opt, key, ignore_checkpoint=bool(resuming and own))
+    if opt["is_train"]:
+        yield from _check_inherited(opt)
+        if opt["model_type"] == "DistillModel":
+            yield from _check_teacher(opt)
 
     if not opt["datasets"]:
         yield "datasets: is empty"
@@ -405,7 +413,7 @@ def check(opt: Options) -> Iterator[str]:
                 "datasets:train:type: FastPairedImageDataset gives bytes, which SRModel cannot "
                 "take; set it to PairedImageDataset, or model_type to FastSRModel"
             )
-    if opt["model_type"] == "FastSRModel":
+    if opt["model_type"] in ("FastSRModel", "DistillModel"):
         for section in ("train", "val"):
             precision = (opt.get(section) or {}).get("precision", "fp32")
             if precision not in DTYPES:
@@ -416,12 +424,16 @@ def check(opt: Options) -> Iterator[str]:
 
 
 def _check_train(train: Options, model_type: str) -> Iterator[str]:
-    optimizers = OPTIMIZERS[model_type == "FastSRModel"]
+    optimizers = OPTIMIZERS[model_type in ("FastSRModel", "DistillModel")]
     if train["optim_g"]["type"] not in optimizers:
         yield f"train:optim_g:type: {_unknown(train['optim_g']['type'], optimizers)}"
     if train["scheduler"]["type"] not in SCHEDULERS:
         yield f"train:scheduler:type: {_unknown(train['scheduler']['type'], SCHEDULERS)}"
-    losses = {k: v for k, v in train.items() if k.endswith("_opt") and v is not None}
+    losses = {
+        k: v
+        for k, v in train.items()
+        if k.endswith("_opt") and k != "distill_opt" and v is not None
+    }
     if not losses:
         yield "train: has no loss; give it one, such as pixel_opt: {type: L1Loss}"
     for key, loss in losses.items():
@@ -546,6 +558,39 @@ def check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[s
         yield f"{where}: {path} holds no state dict; give a checkpoint of the network"
     elif opt["path"].get(f"strict_load_{suffix}", True):
         yield from _misfits(where, path, network, state)
+
+
+def _check_inherited(opt: Options) -> Iterator[str]:
+    path = opt["train"].get("inherit_network_g")
+    if path is None:
+        return
+    where = "train:inherit_network_g"
+    if opt["path"].get("pretrain_network_g"):
+        yield f"{where}: and pretrain_network_g both say where the network starts; give one"
+    if not issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel):
+        yield f"{where}: is FastSRModel's; set model_type to it"
+    try:
+        network, _ = build_network(opt["network_g"])
+        inherit_weights(network, path)
+    except (UserError, ValueError) as error:
+        yield f"{where}: {path}: {error}"
+
+
+def _check_teacher(opt: Options) -> Iterator[str]:
+    distill = opt["train"].get("distill_opt")
+    if not isinstance(opt.get("network_t"), dict):
+        yield "network_t: is missing; DistillModel needs a teacher"
+    elif not isinstance(distill, dict):
+        yield "train:distill_opt: is missing; write distill_opt: {stage: blocks}"
+    else:
+        with contextlib.suppress(UserError):  # told of the networks themselves
+            student, teacher = (build_network(opt[f"network_{k}"])[0] for k in "gt")
+            if fault := misfit(student, teacher, distill):
+                yield f"train:distill_opt:{fault}"
+        if not opt["path"].get("pretrain_network_t"):
+            yield "path:pretrain_network_t: is missing; an untrained teacher teaches nothing"
+        if opt["train"].get("compile") and distill.get("stage") != "output":
+            yield "train:compile: only with stage: output; blocks are watched as they run"
 
 
 def _load_checkpoint(path: str) -> Options:

@@ -21,16 +21,27 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 
+from mlrn_arch.archs.inherit import inherit
+from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.compat import newest_states
 from mlrn_arch.data import ResumableSampler
 from mlrn_arch.errors import UserError
 from mlrn_arch.memory import keep_freed_memory
 from mlrn_arch.models import cpu_kernels
 from mlrn_arch.models.muon import Muon
+from mlrn_arch.weights import deduce, state_dict
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What decides the course of a run; machines may differ in the rest (workers, pinned memory).
-COMPARED = ("scale", "manual_seed", "world_size", "network_g", "datasets:train", "train")
+COMPARED = (
+    "scale",
+    "manual_seed",
+    "world_size",
+    "network_g",
+    "network_t",
+    "datasets:train",
+    "train",
+)
 NOT_COMPARED = ("num_worker_per_gpu", "prefetch_mode", "pin_memory", "dataroot_gt", "dataroot_lq")
 
 
@@ -46,6 +57,7 @@ class FastSRModel(SRModel):
         train:compile         false (default): `torch.compile` the network for training
         train:cpu_kernels     true (default): on a CPU in fp32, convolve by `cpu_kernels` where a
                               C++ compiler is at hand
+        train:inherit_network_g  start MLRN from RLFN's weights, or an MLRN's of another scale
         train:grad_clip       largest norm of the gradient; no clipping by default
         val:precision         fp32 (default), bf16 or fp16
         val:save_best         a name below val:metrics; keeps `net_g_best.pth`, by the first
@@ -98,6 +110,10 @@ class FastSRModel(SRModel):
     def init_training_settings(self) -> None:
         """Set up EMA, losses, optimizer and schedule as `SRModel` does, and loss scaling."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        source = self.opt["train"].get("inherit_network_g")
+        # A run that is resumed has its own weights in pretrain_network_g.
+        if source and not self.opt["path"].get("pretrain_network_g"):
+            inherit_weights(self.get_bare_model(self.net_g), source)
         super().init_training_settings()
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.params = [param for group in groups for param in group["params"]]
@@ -137,20 +153,27 @@ class FastSRModel(SRModel):
         dtype = DTYPES[precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
+    def losses(self) -> OrderedDict[str, torch.Tensor]:
+        """Run the network on `lq`, and compare its output with `gt`."""
+        with self._autocast(self.precision):
+            self.output = self.net_g(self.lq)
+        return self.compare(self.output.float(), self.gt)
+
+    def compare(self, output: torch.Tensor, target: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        """The losses of the option file, by name; both images are (n, c, h, w), fp32."""
+        losses = OrderedDict()
+        if self.cri_pix:
+            losses["l_pix"] = self.cri_pix(output, target)
+        if self.cri_perceptual:
+            l_percep, l_style = self.cri_perceptual(output, target)
+            losses.update({"l_percep": l_percep, "l_style": l_style})
+        return OrderedDict((name, loss) for name, loss in losses.items() if loss is not None)
+
     def optimize_parameters(self, current_iter: int) -> None:
         """Train on the batch fed last. A gradient that is not finite leaves the weights alone."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        with self._autocast(self.precision):
-            self.output = self.net_g(self.lq)
-        output = self.output.float()
-        losses = OrderedDict()
-        if self.cri_pix:
-            losses["l_pix"] = self.cri_pix(output, self.gt)
-        if self.cri_perceptual:
-            l_percep, l_style = self.cri_perceptual(output, self.gt)
-            losses.update({"l_percep": l_percep, "l_style": l_style})
-        self.loss_dict = {name: loss for name, loss in losses.items() if loss is not None}
+        self.loss_dict = self.losses()
         l_total = sum(self.loss_dict.values())
         self.scaler.scale(l_total).backward()
         for optimizer in self.optimizers:
@@ -375,6 +398,20 @@ class FastSRModel(SRModel):
             self.save(self.sampler.epoch if self.sampler else 0, done)
         get_root_logger().info(f"Stopped after iter {done}; --auto_resume goes on from there.")
         raise SystemExit(128 + signum)
+
+
+def inherit_weights(network: torch.nn.Module, path: str) -> None:
+    """Start an MLRN from a checkpoint of RLFN (of image range 255) or MLRN, as `inherit` says.
+
+    Raises:
+        ValueError: It is of another network, or does not fit; or `network` is no MLRN.
+    """
+    if not isinstance(network, MLRN):
+        raise ValueError(f"{type(network).__name__} inherits from no other network; MLRN does")
+    checkpoint = torch.load(os.path.expanduser(path), map_location="cpu", weights_only=True)
+    state = state_dict(checkpoint)
+    rlfn = "conv_1.weight" in state
+    inherit(network, state, 255.0 if rlfn else deduce(checkpoint)["img_range"])
 
 
 def _get(opt: dict[str, Any], key: str) -> Any:

@@ -24,28 +24,34 @@ class PSNRLoss(nn.Module):
         loss_weight: factor of the loss.
         y_weight: share of the PSNR on Y, 0 to 1, the rest being that on RGB. Y alone would let
             colours drift.
+        floor: what is added to the squared error of every image, as a share of the batch's mean;
+            without it the flattest crops, whose error is next to nothing, decide the gradient.
 
     Raises:
-        ValueError: `y_weight` is not from 0 to 1.
+        ValueError: `y_weight` is not from 0 to 1, or `floor` is negative.
     """
 
-    def __init__(self, loss_weight: float = 1.0, y_weight: float = 0.0) -> None:
+    def __init__(self, loss_weight: float = 1.0, y_weight: float = 0.0, floor: float = 0.0) -> None:
         super().__init__()
+        if floor < 0:
+            raise ValueError(f"floor must not be negative, but is {floor}")
         if not 0 <= y_weight <= 1:
             raise ValueError(f"y_weight must be from 0 to 1, not {y_weight}")
         self.loss_weight = loss_weight
         self.y_weight = y_weight
+        self.floor = floor
 
     def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Compare images in [0, 1], RGB (n, 3, h, w) or Y (n, 1, h, w); returns dB, fp32."""
         pred, target = pred.float(), target.float()
-        loss = _minus_psnr(pred, target, ROUNDING)
+        loss = self._minus_psnr(pred, target, ROUNDING)
         if self.y_weight and pred.shape[1] == 3:
             y = rgb2ycbcr_pt(pred, y_only=True), rgb2ycbcr_pt(target, y_only=True)
-            loss = loss.lerp(_minus_psnr(*y, Y_ROUNDING), self.y_weight)
+            loss = loss.lerp(self._minus_psnr(*y, Y_ROUNDING), self.y_weight)
         return self.loss_weight * loss
 
-
-def _minus_psnr(pred: torch.Tensor, target: torch.Tensor, rounding: float) -> torch.Tensor:
-    error = (pred - target).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(error + rounding).mean()
+    def _minus_psnr(
+        self, pred: torch.Tensor, target: torch.Tensor, rounding: float
+    ) -> torch.Tensor:
+        error = (pred - target).square().mean(dim=(1, 2, 3))
+        return 10 * torch.log10(error + self.floor * error.detach().mean() + rounding).mean()

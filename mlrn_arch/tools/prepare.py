@@ -6,15 +6,21 @@ Training data are LMDBs of aligned sub-images in BasicSR's layout, one of HR and
 
 A benchmark set (--benchmark) is pairs of folders: OUTPUT/GTmod4 and OUTPUT/LRbicx4.
 LR is made as MATLAB's imresize makes it, from the whole image, before anything is cut.
+
+With --teacher, what another network makes of the LR images takes the place of HR: a network trained
+on it learns from that teacher, at no cost in training. LR images so need no HR, and photographs
+shrunk by less than the scale are more of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -34,12 +40,19 @@ from typing import Any
 import cv2
 import lmdb
 import numpy as np
+import torch
+from basicsr.utils import img2tensor, tensor2img
+from basicsr.utils.registry import ARCH_REGISTRY
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from mlrn_arch.errors import UserError
+from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.options import _load_checkpoint as load_checkpoint
+from mlrn_arch.options import _misfits as misfits
+from mlrn_arch.options import build_network, cpu_computes_in_bf16, network_by_name
 from mlrn_arch.tools.image_files import BadImage, is_deep, white_is_zero
 from mlrn_arch.tools.resize import imresize
+from mlrn_arch.weights import state_dict
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _MULTIPLE = 12  # divisible by every scale: HR is cropped to it, so scales made apart still agree
@@ -92,6 +105,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="png is small; bmp is decoded tens of times faster and takes two to five times the "
         "disk, least for detailed photographs (default: %(default)s)",
     )
+    add(
+        "--teacher",
+        metavar="NETWORK[:CHECKPOINT]",
+        help="store this network's output in place of HR, for the one scale that --scale names: a "
+        "network that BasicSR knows, as in `mlrn profile`, or the checkpoint of any network that "
+        "spandrel (`pip install spandrel`) knows",
+    )
+    add(
+        "--shrink",
+        type=int,
+        nargs="+",
+        choices=(1, 2, 3, 4),
+        help="with --teacher: LR images are the photographs shrunk by each of these (default: the "
+        "scale); smaller factors give more of them",
+    )
+    add(
+        "--import",
+        dest="imports",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="Python files that register networks with BasicSR, such as the teacher's",
+    )
     add("--benchmark", action="store_true", help="write GTmod*/LRbicx* folders of PNGs, no LMDBs")
     add("--workers", type=int, help="images worked on at a time (default: one a CPU core)")
     add("--overwrite", action="store_true", help="make anew what is already there")
@@ -122,6 +158,13 @@ def run(args: argparse.Namespace) -> int:
         if value < 1 or value % _MULTIPLE:
             raise UserError(f"{option} must be a multiple of {_MULTIPLE}, got {value}")
     args.scale = sorted(set(args.scale))
+    if args.teacher:
+        if args.benchmark or len(args.scale) != 1:
+            raise UserError("--teacher makes training data of one scale: add --scale 4, say")
+        args.shrink = sorted(set(args.shrink or args.scale))
+        _teacher(args.teacher, args.scale[0], tuple(args.imports))  # faults are told here
+    elif args.shrink or args.imports:
+        raise UserError("--shrink and --import are for --teacher; name one")
     images = _find_images(args.input, args.output)
     pairs = [args.output / f"{kind}{s}" for s in (2, 3, 4) for kind in ("GTmod", "LRbicx")]
     made = [folder for folder in (*pairs, args.output, *args.output.parents) if not folder.exists()]
@@ -266,6 +309,7 @@ def _stream(
 
 
 def _start_worker() -> None:
+    torch.set_num_threads(1)  # an image a core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     Image.MAX_IMAGE_PIXELS = None  # large photographs are no attack here
 
@@ -340,6 +384,8 @@ def _training(args: argparse.Namespace, images: dict[str, Path]) -> int:
     lmdbs[1] = args.output / f"{name}_train_HR_sub.lmdb"  # HR is scale 1
     wanted = [1, *args.scale]
     settings = {"crop_size": args.crop_size, "step": args.step, "format": args.format}
+    if args.teacher:
+        settings |= {"teacher": args.teacher, "shrink": args.shrink}
     unfinished = args.output / f".{name}.partial"
 
     if (unfinished / "ready").exists():  # killed while it was put into place
@@ -441,9 +487,19 @@ def _open_partial(unfinished: Path, plan: dict, images: dict[str, Path]) -> dict
 
 
 def _cut(
-    key: str, path: Path, scales: list[int], crop_size: int, step: int, file_format: str
+    key: str,
+    path: Path,
+    scales: list[int],
+    crop_size: int,
+    step: int,
+    file_format: str,
+    shrink: list[int] | None = None,
+    teach: Callable[[], Callable[[np.ndarray], np.ndarray]] | None = None,
 ) -> tuple[dict, list[list[np.ndarray]]]:
-    """The journal entry of an image, and for each scale its encoded sub-images, row by row."""
+    """The journal entry of an image, and for each scale its encoded sub-images, row by row.
+
+    With `teach`, those of the image shrunk by each of `shrink` one after the other.
+    """
     img, notes = _decode(path)
     if img.ndim == 2:
         img = cv2.cvtColor(img, cv2.COLOR_GRAY2BGR)
@@ -451,18 +507,78 @@ def _cut(
     if min(height, width) < crop_size:
         size = f"{img.shape[1]}x{img.shape[0]}"
         raise BadImage(f"{size} pixels, smaller than --crop-size {crop_size}")
-    img, records = img[:height, :width], []
+    img, records = img[:height, :width], [[] for _ in scales]
     level = [cv2.IMWRITE_PNG_COMPRESSION, 1] if file_format == "png" else []
-    for s in scales:
-        part = img if s == 1 else imresize(img, s)
-        crop = crop_size // s
-        top, left = (  # the last one flush with the edge
-            sorted({*range(0, side - crop, step // s), side - crop}) for side in part.shape[:2]
-        )
-        parts = [part[y : y + crop, x : x + crop] for y in top for x in left]
-        records.append([cv2.imencode(f".{file_format}", p, level)[1] for p in parts])
+    for factor in shrink or [1]:
+        if teach is None:
+            parts = {s: img if s == 1 else imresize(img, s) for s in scales}
+        else:
+            lq = img if factor == 1 else imresize(img, factor)
+            if min(lq.shape[:2]) * max(scales) < crop_size:
+                continue
+            parts = {1: teach()(lq), max(scales): lq}
+        for s, encoded in zip(scales, records, strict=True):
+            part, crop = parts[s], crop_size // s
+            top, left = (  # the last one flush with the edge
+                sorted({*range(0, side - crop, step // s), side - crop}) for side in part.shape[:2]
+            )
+            crops = [part[y : y + crop, x : x + crop] for y in top for x in left]
+            encoded += [cv2.imencode(f".{file_format}", p, level)[1] for p in crops]
+    if not records[0]:
+        raise BadImage(f"{img.shape[1]}x{img.shape[0]} pixels, shrunk smaller than an LR sub-image")
     count = len(records[0])
     return {"key": key, "count": count, "notes": notes, "stamp": _stamp(path)}, records
+
+
+@functools.cache
+def _teacher(spec: str, scale: int, imports: tuple[str, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """Load a teacher; returns what it makes of an LR image, both (h, w, 3), uint8, BGR.
+
+    Raises:
+        UserError: There is no such network or checkpoint, or it has another scale.
+    """
+    for file in imports:
+        try:
+            runpy.run_path(file)
+        except OSError as error:
+            raise UserError(f"--import {file}: {error.strerror}") from None
+    name, _, checkpoint = spec.partition(":")
+    if name in ARCH_REGISTRY:
+        arguments, _, checkpoint = checkpoint.rpartition(":")
+        section = network_by_name(f"{name}:{arguments}", scale)
+        network, _ = build_network(section, "--teacher")
+        state = state_dict(load_checkpoint(checkpoint))
+        if faults := list(misfits("--teacher", checkpoint, network, state)):
+            raise UserError(faults[0])
+        network.load_state_dict(state)
+        network.eval().to(memory_format=torch.channels_last)
+    else:
+        try:
+            from spandrel import ImageModelDescriptor, ModelLoader
+
+            network = ModelLoader().load_from_file(spec)
+        except ImportError:
+            raise UserError(
+                f"--teacher: BasicSR knows no network {name}; `pip install spandrel` for others"
+            ) from None
+        except Exception as error:  # spandrel tells what it cannot load in many ways
+            raise UserError(
+                f"--teacher: {spec} is neither NETWORK:CHECKPOINT with a network of BasicSR nor "
+                f"a checkpoint that spandrel knows ({first_line(error)})"
+            ) from None
+        if not isinstance(network, ImageModelDescriptor) or network.input_channels != 3:
+            raise UserError(f"--teacher: {spec} does not enlarge RGB images")
+    with torch.inference_mode():
+        made = network(torch.rand(1, 3, 48, 48)).shape[-1]
+    if made != 48 * scale:
+        raise UserError(f"--teacher: {spec} enlarges by {made / 48:g}, not by --scale {scale}")
+
+    def enlarge(lq: np.ndarray) -> np.ndarray:
+        x = img2tensor(lq / np.float32(255))[None].to(memory_format=torch.channels_last)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, cpu_computes_in_bf16()):
+            return tensor2img(network(x).float())
+
+    return enlarge
 
 
 def _build(
@@ -505,6 +621,9 @@ def _build(
             step=args.step,
             file_format=args.format,
         )
+        if args.teacher:
+            teach = partial(_teacher, args.teacher, args.scale[0], tuple(args.imports))
+            work = partial(work, shrink=args.shrink, teach=teach)
         jobs = [(key, path) for key, path in images.items() if key not in done]
         results = stack.enter_context(closing(_stream(work, jobs, args.workers)))
         waiting, last = 0, time.monotonic()

@@ -1,0 +1,149 @@
+"""Training with a teacher: a network that learns from another one's outputs and features."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from basicsr.archs import build_network
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import Tensor, nn
+
+from mlrn_arch.archs.mlrn_arch import MLRN
+from mlrn_arch.archs.rlfn_arch import RLFN
+from mlrn_arch.models.fast_sr_model import FastSRModel
+
+# Weight of the blocks' errors in each stage, if the option file gives none.
+STAGES = {"blocks": 1.0, "chain": 0.05, "output": 0.0}
+
+
+@MODEL_REGISTRY.register()
+class DistillModel(FastSRModel):
+    """`FastSRModel` that learns from a teacher, `network_t` with `path:pretrain_network_t`.
+
+    Takes every option of `FastSRModel`, whose losses compare the output with the teacher's, and
+    in `train:distill_opt`:
+
+        stage         blocks: every block is fed its teacher's input and trained on its teacher's
+                      output, all at once; chain: the network runs by itself, and the blocks'
+                      errors are added with a small weight; output: no blocks, for any teacher
+        block_weight  of the blocks' errors beside the losses (blocks: 1, chain: 0.05)
+        gt_weight     share of the losses that compares with `gt` instead, 0 (default) to 1
+
+    A block's error is log(r + 1e-4), r its mean squared error over the variance of the teacher's
+    output. Blocks correspond one to one; the teacher's features are the first of the student's.
+    """
+
+    def init_training_settings(self) -> None:
+        """Set up the teacher, then all else as `FastSRModel` does."""
+        distill = self.opt["train"]["distill_opt"]
+        self.stage = distill["stage"]
+        self.block_weight = distill.get("block_weight", STAGES[self.stage])
+        self.gt_weight = distill.get("gt_weight", 0.0)
+        net_t = build_network(self.opt["network_t"]).to(self.device)
+        path = self.opt["path"]
+        if path.get("pretrain_network_t"):
+            self.load_network(
+                net_t,
+                path["pretrain_network_t"],
+                path.get("strict_load_t", True),
+                path.get("param_key_t", "params"),
+            )
+        self.net_t = net_t.to(memory_format=self.memory_format).eval().requires_grad_(False)
+        super().init_training_settings()
+        self.student_blocks, self.teacher_blocks = [], []
+        if self.stage != "output":
+            self.student_blocks = blocks(self.get_bare_model(self.net_g))
+            self.teacher_blocks = blocks(self.net_t)
+
+    def losses(self) -> OrderedDict[str, Tensor]:
+        """Run teacher and student; the losses of the stage."""
+        with torch.no_grad(), self._autocast(self.precision):
+            with _recorded(self.teacher_blocks) as theirs:
+                taught = self.net_t(self.lq).float()
+        forced = theirs if self.stage == "blocks" else None
+        with self._autocast(self.precision), _recorded(self.student_blocks, forced) as own:
+            self.output = self.net_g(self.lq)
+        output = self.output.float()
+        losses: OrderedDict[str, Tensor] = OrderedDict()
+        for target, share in ((taught, 1 - self.gt_weight), (self.gt, self.gt_weight)):
+            if share:
+                for name, loss in self.compare(output, target).items():
+                    losses[name] = losses.get(name, 0) + share * loss
+        if self.student_blocks:
+            errors = [_error(a, b) for a, b in zip(own[1:], theirs[1:], strict=True)]
+            losses["l_blocks"] = self.block_weight * torch.stack(errors).sum()
+        return losses
+
+
+def _error(features: Tensor, taught: Tensor) -> Tensor:
+    """Log of the error of features relative to the teacher's variance; both (n, c, h, w)."""
+    taught = taught.float()
+    error = (features[:, : taught.shape[1]].float() - taught).square().mean((2, 3)).sum()
+    return torch.log(error / (taught.var((2, 3)).sum() + 1e-9) + 1e-4)
+
+
+@contextlib.contextmanager
+def _recorded(modules: list[nn.Module], forced: list[Tensor] | None = None) -> Iterator[list]:
+    """Collect the input of the first of consecutive blocks, then the output of each.
+
+    With `forced`, what another network's blocks gave takes the place of each block's input, in
+    its first channels; the other channels are the network's own, without gradient.
+    """
+    features: list[Tensor] = []
+
+    def before(index: int, args: tuple[Tensor]) -> Tensor | None:
+        if index == 0:
+            features.append(args[0])
+        if forced is None:
+            return None
+        theirs = forced[index].to(args[0].dtype)
+        return torch.cat([theirs, args[0][:, theirs.shape[1] :].detach()], 1)
+
+    hooks = []
+    for i, module in enumerate(modules):
+        hooks.append(module.register_forward_pre_hook(lambda _, args, i=i: before(i, args)))
+        hooks.append(module.register_forward_hook(lambda _, args, out: features.append(out)))
+    try:
+        yield features
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of an MLRN or RLFN, each from features to features.
+
+    Raises:
+        ValueError: It is another network.
+    """
+    if isinstance(network, MLRN):
+        return list(network.body)
+    if isinstance(network, RLFN):
+        return [network.get_submodule(f"block_{i}") for i in range(1, network.num_block + 1)]
+    raise ValueError(f"{type(network).__name__} has no blocks that correspond to MLRN's")
+
+
+def misfit(student: nn.Module, teacher: nn.Module, opt: dict[str, Any]) -> str | None:
+    """Why a student cannot learn from a teacher as `train:distill_opt` says, or None."""
+    stage = opt.get("stage")
+    if stage not in STAGES:
+        return f"stage: {stage!r} is none of {', '.join(STAGES)}"
+    if not 0 <= opt.get("gt_weight", 0.0) <= 1:
+        return f"gt_weight: {opt['gt_weight']} is no share from 0 to 1"
+    if stage == "output":
+        return None
+    try:
+        ours, theirs = blocks(student), blocks(teacher)
+    except ValueError as error:
+        return f"stage {stage}: {error}; stage: output takes any teacher"
+    widths = [block[0].esa.conv4.out_channels for block in (ours, theirs)]
+    if len(ours) != len(theirs) or widths[0] < widths[1]:
+        return (
+            f"stage {stage}: the student has {len(ours)} blocks of {widths[0]} features, the "
+            f"teacher {len(theirs)} of {widths[1]}; blocks must correspond, features suffice"
+        )
+    return None
