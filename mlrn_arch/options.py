@@ -94,6 +94,14 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
         action="store_true",
         help="go on from the newest whole state of this experiment; start anew if it has none",
     )
+    if phase == "train":
+        parser.add_argument(
+            "--time_limit",
+            type=float,
+            metavar="MINUTES",
+            help="after so long finish the step, save, and end with the exit code 75, which says "
+            "that the run is not finished (FastSRModel and its kinds)",
+        )
     parser.add_argument(
         "--debug", action="store_true", help="log every step, validate and save every 8"
     )
@@ -571,6 +579,7 @@ def _check_inherited(opt: Options) -> Iterator[str]:
         yield f"{where}: is FastSRModel's; set model_type to it"
     try:
         network, _ = build_network(opt["network_g"])
+        _load_checkpoint(path)
         inherit_weights(network, path)
     except (UserError, ValueError) as error:
         yield f"{where}: {path}: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if replaced:
         signal.signal(signal.SIGINT, FastSRModel.ask_to_stop)
         signal.signal(signal.SIGTERM, FastSRModel.ask_to_stop)
+        if args.time_limit is not None:
+            timer = threading.Timer(args.time_limit * 60, FastSRModel.time_is_up)
+            timer.daemon = True
+            timer.start()
+    elif args.time_limit is not None:
+        raise errors.UserError(f"--time_limit: {opt['model_type']} cannot; FastSRModel can")
     compat.run_pipeline("train", opt, args, notes, **replaced)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,12 @@ import numpy as np
 import pytest
 import yaml
 
-from mlrn_arch import cli  # makes `import basicsr` work, too
+from mlrn_arch import cli, options  # makes `import basicsr` work, too
+
+# isort: split
+from basicsr.models import build_model
+
+from mlrn_arch.models.fast_sr_model import FastSRModel
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -177,3 +183,28 @@ def write_yaml(path: Path, options: dict) -> str:
     """Write an option file; returns its path as text."""
     path.write_text(yaml.safe_dump(options, sort_keys=False))
     return str(path)
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """Build a model from options in this process, its folders made."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(opt: dict):
+        path = write_yaml(tmp_path / "options.yml", opt)
+        opt, _, _ = options.read("train", ["-opt", path])
+        for folder in ("models", "training_states"):
+            os.makedirs(opt["path"][folder], exist_ok=True)
+        return build_model(opt)
+
+    return make
+
+
+@pytest.fixture
+def restore_stop(monkeypatch):
+    """A stop of this process's training is forgotten, and signals are handled as before."""
+    monkeypatch.setattr(FastSRModel, "stop_signal", 0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -19,10 +19,8 @@ import torch
 from basicsr.data import build_dataset
 from basicsr.losses import build_loss
 from basicsr.metrics import calculate_psnr
-from basicsr.models import build_model
 from conftest import make_fast, mlrn, start_training, write_yaml
 
-from mlrn_arch import options
 from mlrn_arch.errors import UserError
 from mlrn_arch.models.muon import Muon
 
@@ -41,21 +39,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-@pytest.fixture
-def build(tmp_path, monkeypatch):
-    """Build a model from options in this process, its folders made."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(opt: dict):
-        path = write_yaml(tmp_path / "options.yml", opt)
-        opt, _, _ = options.read("train", ["-opt", path])
-        for folder in ("models", "training_states"):
-            os.makedirs(opt["path"][folder], exist_ok=True)
-        return build_model(opt)
-
-    return make
 
 
 def batches(count: int) -> list[dict]:

@@ -15,6 +15,9 @@ import lmdb
 import numpy as np
 import pytest
 import tifffile
+import torch
+from basicsr.archs import build_network
+from basicsr.utils import img2tensor, tensor2img
 from conftest import REPOSITORY, mlrn
 from PIL import Image
 
@@ -507,3 +510,56 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
     assert run(source, tmp_path / "D", *settings) == 0
     assert len(used) == 1500
     assert max(used[300:]) < max(used[:300]) + 30  # MB, of 325 that pass through
+
+
+@pytest.fixture
+def compact(tmp_path) -> tuple[str, str]:
+    """An SRVGGNetCompact x2 for BasicSR, and its checkpoint, which spandrel knows, too."""
+    torch.manual_seed(0)
+    arguments = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_conv": 1, "upscale": 2}
+    network = build_network({"type": "SRVGGNetCompact", **arguments})
+    torch.save({"params": network.state_dict()}, tmp_path / "compact.pth")
+    written = ",".join(f"{key}={value}" for key, value in arguments.items())
+    return f"SRVGGNetCompact:{written}:{tmp_path / 'compact.pth'}", str(tmp_path / "compact.pth")
+
+
+@pytest.mark.parametrize("known_by", ["BasicSR", "spandrel"])
+def test_a_teachers_output_in_place_of_hr(photos, tmp_path, compact, known_by, monkeypatch):
+    if known_by == "spandrel":
+        pytest.importorskip("spandrel")
+    monkeypatch.setattr(prepare, "cpu_computes_in_bf16", lambda: False)
+    teacher = compact[known_by == "spandrel"]
+    sizes = ["--crop-size", 24, "--step", 24, "--shrink", 3, 4]
+    assert run(photos, tmp_path / "D", "--scale", 2, "--teacher", teacher, *sizes) == 0
+    hr, lq = (
+        records(tmp_path / "D" / f"D_train_{kind}_sub.lmdb") for kind in ("HR", "LR_bicubic_X2")
+    )
+    assert hr.keys() == lq.keys()
+
+    network = build_network({"type": "SRVGGNetCompact", "num_feat": 4, "num_conv": 1, "upscale": 2})
+    network.load_state_dict(torch.load(compact[1], weights_only=True)["params"])
+    shrunk = [imresize(photo(72, 72, 2), factor) for factor in (3, 4)]
+    for first, image in zip((1, 5), shrunk, strict=True):
+        with torch.inference_mode():
+            taught = tensor2img(network(img2tensor(image / np.float32(255))[None]))
+        name = f"0002_s{first:03d}"
+        np.testing.assert_array_equal(decoded(lq[name]), image[:12, :12])
+        np.testing.assert_array_equal(decoded(hr[name]), taught[:24, :24])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--teacher", "RLFM:rlfn.pth"], "neither NETWORK:CHECKPOINT"),
+        (["--scale", 4, "--teacher", "COMPACT"], "enlarges by 2, not by --scale 4"),
+        (["--scale", 2, 4, "--teacher", "COMPACT"], "of one scale"),
+        (["--shrink", 2], "are for --teacher"),
+        (["--teacher", "COMPACT", "--import", "gone.py"], "gone.py: No such file"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_told(photos, tmp_path, compact, arguments, said):
+    arguments = [compact[1] if a == "COMPACT" else a for a in arguments]
+    scale = [] if "--scale" in arguments else ["--scale", 2]
+    with pytest.raises(UserError, match=said):
+        run(photos, tmp_path / "D", *scale, *arguments)
+    assert not (tmp_path / "D").exists()

@@ -42,6 +42,8 @@ COMPARED = (
     "datasets:train",
     "train",
 )
+NOT_FINISHED = 75  # sysexits.h's "try again later", the exit code of --time_limit
+TIME_IS_UP = 14  # in place of a signal's number; SIGALRM's, where a system has it
 NOT_COMPARED = ("num_worker_per_gpu", "prefetch_mode", "pin_memory", "dataroot_gt", "dataroot_lq")
 
 
@@ -393,11 +395,16 @@ class FastSRModel(SRModel):
         name = signal.Signals(signum).name
         get_root_logger().warning(f"{name}: finishing the step, saving, stopping")
 
+    @classmethod
+    def time_is_up(cls) -> None:
+        """Finish the step, save and leave with the exit code `NOT_FINISHED`."""
+        cls.stop_signal = cls.stop_signal or TIME_IS_UP
+
     def _stop(self, done: int, signum: int) -> None:
         if done > 0:
             self.save(self.sampler.epoch if self.sampler else 0, done)
         get_root_logger().info(f"Stopped after iter {done}; --auto_resume goes on from there.")
-        raise SystemExit(128 + signum)
+        raise SystemExit(NOT_FINISHED if signum == TIME_IS_UP else 128 + signum)
 
 
 def inherit_weights(network: torch.nn.Module, path: str) -> None:

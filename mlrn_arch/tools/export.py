@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from mlrn_arch import __version__, backends, options, weights
+from mlrn_arch.archs.inherit import inherit
+from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.errors import UserError, first_line
 
 FORMS = (".onnx", ".xml", ".safetensors", ".pth")
@@ -47,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", metavar="FILE", help="checkpoint (default: the shipped one, the file's own)")
     add("--uint8", action="store_true", help="8-bit images in and out (.onnx and .xml)")
     add("--ntire", type=int, metavar="TEAM", help="the challenge's number of your team")
+    add(
+        "--img-range",
+        type=float,
+        metavar="RANGE",
+        help="the same function by an MLRN that computes in this image range: 1 after training in "
+        "RLFN's 255",
+    )
     add("--overwrite", action="store_true", help="replace a file OUTPUT that exists")
     parser.epilog = """examples:
   mlrn export x4 mlrn_x4.onnx
@@ -84,6 +93,12 @@ def run(args: argparse.Namespace) -> None:
     backends.need(f"writing {form}", *needed.get(form, []))
 
     network, network_g = options.load_network(args.source, args.weights)
+    if args.img_range is not None:
+        if not isinstance(network, MLRN):
+            raise UserError(f"--img-range is for MLRN, not for {type(network).__name__}")
+        network_g = {**network_g, "img_range": args.img_range}
+        trained, (network, _) = network, options.build_network(network_g)
+        inherit(network.eval().requires_grad_(False), trained.state_dict(), trained.img_range)
     write: dict[str, Callable] = {".onnx": _onnx, ".xml": _openvino}
     with _beside(args.output) as folder:
         file = folder / args.output.name

@@ -49,6 +49,7 @@ from tqdm import tqdm
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.options import _load_checkpoint as load_checkpoint
 from mlrn_arch.options import _misfits as misfits
+from mlrn_arch.options import _registered as registered
 from mlrn_arch.options import build_network, cpu_computes_in_bf16, network_by_name
 from mlrn_arch.tools.image_files import BadImage, is_deep, white_is_zero
 from mlrn_arch.tools.resize import imresize
@@ -543,7 +544,7 @@ def _teacher(spec: str, scale: int, imports: tuple[str, ...]) -> Callable[[np.nd
         except OSError as error:
             raise UserError(f"--import {file}: {error.strerror}") from None
     name, _, checkpoint = spec.partition(":")
-    if name in ARCH_REGISTRY:
+    if registered(name, ARCH_REGISTRY) in ARCH_REGISTRY:
         arguments, _, checkpoint = checkpoint.rpartition(":")
         section = network_by_name(f"{name}:{arguments}", scale)
         network, _ = build_network(section, "--teacher")

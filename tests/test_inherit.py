@@ -1,0 +1,242 @@
+"""MLRN from RLFN's weights, and training with a teacher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import SHARED, write_yaml
+from torch import nn
+
+from mlrn_arch.archs.inherit import inherit
+from mlrn_arch.archs.mlrn_arch import MLRN
+from mlrn_arch.archs.rlfn_arch import RLFN
+
+FORMS = {
+    "x2": ({"upscale": 2}, {"upscale": 2}, "rlfn_x2.pth"),
+    "x4": ({"upscale": 4}, {"upscale": 4}, "rlfn_x4.pth"),
+    "NTIRE": (
+        {"upscale": 4, "num_feat": 46, "mid_feat": 48, "num_block": 4},
+        {"upscale": 4, "num_feat": 50, "num_block": 4},
+        "rlfn_ntire_x4.pth",
+    ),
+}
+
+
+def with_third_convolution(network: MLRN, teacher: RLFN) -> MLRN:
+    """MLRN with RLFN's third convolution and activation in place of each mixer."""
+    for block, theirs in zip(network.body, list(teacher.children())[1:], strict=False):
+        width = block.conv2.out_channels
+        third = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(third.weight)
+        nn.init.zeros_(third.bias)
+        rows, columns = theirs.c3_r.weight.shape[:2]
+        with torch.no_grad():
+            third.weight[:rows, :columns] = theirs.c3_r.weight
+            third.bias[:rows] = theirs.c3_r.bias
+        block.mixer = nn.Sequential(third, nn.LeakyReLU(0.05))
+    return network
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("img_range", [1, 255])
+def test_with_rlfns_third_convolution_mlrn_is_rlfn(form, img_range):
+    rlfn, mlrn, file = FORMS[form]
+    teacher = RLFN(**rlfn).eval()
+    if (SHARED / "teachers" / file).exists():  # else as it is initialised
+        published = torch.load(SHARED / "teachers" / file, map_location="cpu", weights_only=True)
+        teacher.load_state_dict(published)
+    network = MLRN(**mlrn, img_range=img_range, act="lrelu").eval()
+    inherit(network, teacher.state_dict(), 255)
+    with_third_convolution(network, teacher)
+    images = torch.rand(2, 3, 33, 41)
+    with torch.inference_mode():
+        difference = network(images) - teacher(images)
+    border = 2 * rlfn["upscale"]
+    assert difference[..., border:-border, border:-border].abs().max() < 1e-5
+
+
+def test_inheriting_from_mlrn_folds_the_image_range():
+    torch.manual_seed(0)
+    before = MLRN(num_feat=8, num_block=2, upscale=3, img_range=255).eval()
+    after = MLRN(num_feat=8, num_block=2, upscale=3, img_range=1).eval()
+    inherit(after, before.state_dict(), 255)
+    images = torch.rand(1, 3, 20, 20)
+    with torch.inference_mode():
+        torch.testing.assert_close(after(images), before(images), rtol=1e-4, atol=1e-6)
+
+
+def test_an_upsampler_of_another_scale_draws_the_same_picture():
+    """An upsampler that repeats pixels does so at any scale; its other filters lie between."""
+    torch.manual_seed(0)
+    before = MLRN(num_feat=4, num_block=1, upscale=4, bilinear=False)
+    weight = torch.randn(3, 1, 4, 3, 3).expand(-1, 16, -1, -1, -1)
+    with torch.no_grad():
+        before.upsampler[0].weight.copy_(weight.flatten(0, 1))
+        before.upsampler[0].bias.zero_()
+    after = MLRN(num_feat=4, num_block=1, upscale=3, bilinear=False)
+    inherit(after, before.state_dict(), 1)
+    images = torch.rand(1, 3, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(after(images)[..., ::3, ::3], before(images)[..., ::4, ::4])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_block": 5}, "RLFN has 6 blocks here, this MLRN 5"),
+        ({"num_feat": 52}, "needs 55 or more, not 52"),
+        ({"mixer": "none"}, "mixer: none"),
+        ({"esa_feat": 8}, "larger than this MLRN's"),
+    ],
+)
+def test_what_cannot_inherit_is_told(change, said):
+    with pytest.raises(ValueError, match=said):
+        inherit(MLRN(**change), RLFN().state_dict(), 255)
+
+
+def test_inheriting_from_a_stranger_is_told():
+    with pytest.raises(ValueError, match="neither RLFN's weights nor MLRN's"):
+        inherit(MLRN(), nn.Conv2d(3, 3, 3).state_dict(), 255)
+
+
+@pytest.fixture
+def teacher(tmp_path) -> str:
+    """A checkpoint of `RLFN(num_feat=4, num_block=2, esa_feat=4, upscale=2)`."""
+    torch.manual_seed(1)
+    rlfn = RLFN(num_feat=4, num_block=2, esa_feat=4, upscale=2)
+    torch.save(rlfn.state_dict(), tmp_path / "rlfn.pth")
+    return str(tmp_path / "rlfn.pth")
+
+
+@pytest.fixture
+def distill_options(fast_options, teacher) -> dict:
+    """A run of `fast_options` that inherits from RLFN and has it as a teacher."""
+    tiny = {"num_block": 2, "esa_feat": 4, "upscale": 2}
+    fast_options["model_type"] = "DistillModel"
+    fast_options["network_g"] = {"type": "MLRN", "num_feat": 8, "img_range": 255, **tiny}
+    fast_options["network_t"] = {"type": "RLFN", "num_feat": 4, **tiny}
+    fast_options["path"] = {"pretrain_network_t": teacher}
+    fast_options["train"] |= {"distill_opt": {"stage": "blocks"}, "inherit_network_g": teacher}
+    fast_options["train"]["optim_g"]["lr"] = 0.001
+    return fast_options
+
+
+def test_blocks_are_fed_and_compared_with_the_teachers(build, distill_options):
+    """With RLFN's own mixers in the student, every block computes what its teacher computes."""
+    distill_options["network_g"]["act"] = "lrelu"
+    distill_options["train"]["distill_opt"]["block_weight"] = 0.5
+    model = build(distill_options)
+    network = model.get_bare_model(model.net_g)
+    with_third_convolution(network, model.net_t)
+    batch = {"lq": torch.rand(2, 3, 24, 24), "gt": torch.rand(2, 3, 48, 48), "lq_path": ["a", "b"]}
+    model.feed_data(batch)
+    none = 2 * torch.tensor(1e-4).log()  # of two blocks without an error
+    torch.testing.assert_close(model.losses()["l_blocks"], 0.5 * none, rtol=1e-3, atol=0)
+
+    # A fault in the first block is seen in its own error alone, for the second is fed the teacher's
+    # features; in a chain both have it.
+    with torch.no_grad():
+        network.body[0].conv3.bias[:4] += 1.0
+    first = model.losses()["l_blocks"] / 0.5 - none / 2
+    assert first > none / 2 + 1
+    model.stage = "chain"
+    assert model.losses()["l_blocks"] / 0.5 - none / 2 > first + 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_output_learns_from_teacher_and_gt(build, distill_options, share):
+    distill_options["train"]["distill_opt"] = {"stage": "output", "gt_weight": share}
+    model = build(distill_options)
+    gt = torch.rand(2, 3, 48, 48)
+    model.feed_data({"lq": torch.rand(2, 3, 24, 24), "gt": gt, "lq_path": ["a", "b"]})
+    losses = model.losses()
+    assert list(losses) == ["l_pix"]
+    taught = model.net_t(model.lq)
+    to_gt, to_teacher = ((model.output - target).abs().mean() for target in (gt, taught))
+    torch.testing.assert_close(losses["l_pix"], share * to_gt + (1 - share) * to_teacher)
+
+
+def test_a_student_learns_its_teachers_blocks(build, distill_options):
+    model = build(distill_options)
+    torch.manual_seed(2)
+    errors = []
+    for step in range(1, 41):
+        lq = torch.rand(4, 3, 24, 24)
+        model.update_learning_rate(step)
+        model.feed_data({"lq": lq, "gt": torch.rand(4, 3, 48, 48), "lq_path": list("abcd")})
+        model.optimize_parameters(step)
+        errors.append(model.get_current_log()["l_blocks"])
+    assert sum(errors[-5:]) < sum(errors[:5]) - 5
+    assert not any(parameter.requires_grad for parameter in model.net_t.parameters())
+
+
+def test_resume_with_a_teacher_is_bit_identical(tmp_path, distill_options, mlrn_here, monkeypatch):
+    distill_options["train"]["total_iter"] = 12
+    distill_options["logger"]["save_checkpoint_freq"] = 6
+    path = write_yaml(tmp_path / "tiny.yml", distill_options)
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    assert mlrn_here("train", "-opt", path)[0] == 0
+    monkeypatch.chdir(tmp_path / "parts")
+    assert mlrn_here("train", "-opt", path)[0] == 0
+    experiment = tmp_path / "parts" / "experiments" / "tiny"
+    (experiment / "training_states" / "12.state").unlink()
+    (experiment / "models" / "net_g_latest.pth").unlink()
+    assert mlrn_here("train", "-opt", path, "--auto_resume")[0] == 0
+    latest = "experiments/tiny/models/net_g_latest.pth"
+    one, other = (torch.load(tmp_path / f / latest, weights_only=True) for f in ("whole", "parts"))
+    for key in one:
+        assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("network_t:num_block=1", "the student has 2 blocks of 8 features, the teacher 1 of 4"),
+        ("network_t:type=SRCNN", "SRCNN takes no"),
+        ("network_t=none", "network_t: is missing"),
+        ("path:pretrain_network_t=none", "an untrained teacher teaches nothing"),
+        ("path:pretrain_network_t=gone.pth", "no such file gone.pth"),
+        ("train:distill_opt:stage=block", "'block' is none of blocks, chain, output"),
+        ("train:distill_opt:gt_weight=2", "2 is no share from 0 to 1"),
+        ("train:distill_opt:gt_wieght=0.5", "did you mean gt_weight?"),
+        ("train:inherit_network_g=gone.pth", "gone.pth"),
+        ("train:compile=true", "only with stage: output"),
+        ("network_g:num_feat=6", "needs 7 or more, not 6"),
+    ],
+)
+def test_what_does_not_fit_is_told_first(
+    tmp_path, distill_options, mlrn_here, monkeypatch, change, said
+):
+    monkeypatch.chdir(tmp_path)
+    distill_options["train"]["distill_opt"]["gt_weight"] = 0
+    path = write_yaml(tmp_path / "tiny.yml", distill_options)
+    code, _, err = mlrn_here("train", "-opt", path, "--force_yml", change)
+    assert code == 2 and said in err and not (tmp_path / "experiments").exists()
+
+
+def test_a_time_limit_saves_and_says_not_finished(
+    tmp_path, fast_options, mlrn_here, monkeypatch, restore_stop
+):
+    monkeypatch.chdir(tmp_path)
+    fast_options["train"]["total_iter"] = 100000
+    path = write_yaml(tmp_path / "tiny.yml", fast_options)
+    assert mlrn_here("train", "-opt", path, "--time_limit", "0.05")[0] == 75
+    states = list((tmp_path / "experiments" / "tiny" / "training_states").iterdir())
+    assert states
+
+
+def test_export_in_another_image_range(tmp_path, mlrn_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = MLRN(num_feat=8, num_block=1, upscale=2, img_range=255).eval()
+    torch.save({"params": trained.state_dict()}, "net.pth")
+    network_g = {"type": "MLRN", "num_feat": 8, "num_block": 1, "upscale": 2, "img_range": 255}
+    write_yaml(tmp_path / "net.yml", {"network_g": network_g})
+    arguments = ["net.yml", "out.pth", "--weights", "net.pth", "--img-range", 1]
+    assert mlrn_here("export", *arguments)[0] == 0
+    exported = MLRN(num_feat=8, num_block=1, upscale=2, img_range=1).eval()
+    exported.load_state_dict(torch.load("out.pth", weights_only=True)["params"])
+    images = torch.rand(1, 3, 20, 20)
+    with torch.inference_mode():
+        torch.testing.assert_close(exported(images), trained(images), rtol=1e-4, atol=1e-6)
