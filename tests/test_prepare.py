@@ -19,8 +19,8 @@ from conftest import REPOSITORY, mlrn
 from PIL import Image
 
 from mlrn_arch.errors import UserError
+from mlrn_arch.inference.resize import imresize
 from mlrn_arch.tools import prepare
-from mlrn_arch.tools.resize import imresize
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -16,10 +16,11 @@ from basicsr.archs import build_network
 from conftest import write_yaml
 from PIL import Image, ImageCms, ImageOps
 
-from mlrn_arch import Upscaler, backends, weights
+from mlrn_arch import Upscaler, networks
 from mlrn_arch.errors import UserError
-from mlrn_arch.memory import free_memory
-from mlrn_arch.tools import image_files, upscale
+from mlrn_arch.inference import backends, image_files, tiles
+from mlrn_arch.machine import free_memory
+from mlrn_arch.tools import upscale
 
 TINY = {"type": "MLRN", "upscale": 2, "num_feat": 8, "num_block": 1, "esa_feat": 4}
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -177,10 +178,10 @@ def test_tiles_of_a_local_network_leave_no_trace():
 @pytest.mark.parametrize("side", [513, 700, 1024, 5000, 12345])
 @pytest.mark.parametrize("tile", [192, 200, 512])
 def test_tiles_cover_a_side_alike_and_overlap(side, tile):
-    starts, length = upscale._cut(side, tile)
+    starts, length = tiles.cut(side, tile)
     assert length <= tile and starts[0] == 0 and starts[-1] + length == side
     shared = [a + length - b for a, b in zip(starts, starts[1:], strict=False)]
-    assert min(shared) >= upscale.OVERLAP - 6
+    assert min(shared) >= tiles.OVERLAP - 6
     assert not any(start % 6 for start in (*starts, side - length))
     assert all(a + length <= b for a, b in zip(starts, starts[2:], strict=False))
 
@@ -193,7 +194,6 @@ def test_tiles_cover_a_side_alike_and_overlap(side, tile):
         ("RLFN", False, "torch"),
         ("MLRN", False, "onnxruntime"),
         ("MLRN", False, "openvino"),
-        ("MLRN", False, "mnn"),
     ],
 )
 def test_tiles_of_a_network_with_esa(kind, self_ensemble, backend):
@@ -213,7 +213,7 @@ def test_tiles_of_a_network_with_esa(kind, self_ensemble, backend):
     assert difference.mean() < 0.01 and difference.max() < 1
 
 
-@pytest.mark.parametrize("name", weights.names())
+@pytest.mark.parametrize("name", networks.names())
 def test_tiles_of_the_shipped_networks(name):
     """The figure of README: eight bits of a photograph in tiles and as a whole."""
     image = cv2.cvtColor(skimage.data.coffee()[100:250, 100:360], cv2.COLOR_RGB2BGR)
@@ -226,9 +226,7 @@ def test_tiles_of_the_shipped_networks(name):
     assert difference.mean() < 0.01 and difference.max() <= 1
 
 
-@pytest.mark.parametrize(
-    ("backend", "precision"), [("torch", "fp16"), ("torch", "bf16"), ("mnn", "fp32")]
-)
+@pytest.mark.parametrize(("backend", "precision"), [("torch", "fp16"), ("torch", "bf16")])
 def test_less_exact_ways_of_the_shipped_network(backend, precision):
     """The figures of README: eight bits of a photograph, and what PyTorch makes of it in fp32."""
     if backend not in backends.available():

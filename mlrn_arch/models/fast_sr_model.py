@@ -8,7 +8,6 @@ import io
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import OrderedDict
@@ -24,11 +23,9 @@ from basicsr.utils.registry import MODEL_REGISTRY
 from mlrn_arch.compat import newest_states
 from mlrn_arch.data import ResumableSampler
 from mlrn_arch.errors import UserError
-from mlrn_arch.memory import keep_freed_memory
-from mlrn_arch.models import cpu_kernels
+from mlrn_arch.machine import DTYPES
 from mlrn_arch.models.muon import Muon
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What decides the course of a run; machines may differ in the rest (workers, pinned memory).
 COMPARED = ("scale", "manual_seed", "world_size", "network_g", "datasets:train", "train")
 NOT_COMPARED = ("num_worker_per_gpu", "prefetch_mode", "pin_memory", "dataroot_gt", "dataroot_lq")
@@ -44,8 +41,6 @@ class FastSRModel(SRModel):
         train:precision       fp32 (default), bf16, or fp16 (with loss scaling)
         train:channels_last   true (default): the memory format that convolutions are fastest in
         train:compile         false (default): `torch.compile` the network for training
-        train:cpu_kernels     true (default): on a CPU in fp32, convolve by `cpu_kernels` where a
-                              C++ compiler is at hand
         train:grad_clip       largest norm of the gradient; no clipping by default
         val:precision         fp32 (default), bf16 or fp16
         val:save_best         a name below val:metrics; keeps `net_g_best.pth`, by the first
@@ -72,27 +67,13 @@ class FastSRModel(SRModel):
         self.loss_dict: dict[str, torch.Tensor] = {}
         self.samples, self.samples_since = 0, time.monotonic()
         self.samples_seen = 0
-        self.first_step = True
         super().__init__(opt)
 
     def model_to_device(self, net: torch.nn.Module) -> torch.nn.Module:
         """Move a network to the device, channels last, compiled and wrapped as the options say."""
         net = net.to(memory_format=self.memory_format)
-        train = self.opt.get("train") or {}
-        if train.get("compile", False):
+        if (self.opt.get("train") or {}).get("compile", False):
             net.compile()  # in place, so that the names in its state dict stay
-        elif (
-            self.is_train
-            and (self.device.type, self.precision) == ("cpu", "fp32")
-            and self.memory_format == torch.channels_last
-            and train.get("cpu_kernels", True)
-        ):
-            try:
-                cpu_kernels.use_in(net)
-                how = "with kernels compiled for this CPU"
-            except (OSError, subprocess.SubprocessError) as error:
-                how = f"with PyTorch's kernels alone; ours cannot be compiled: {error}"
-            get_root_logger().info(f"Training {how}")
         return super().model_to_device(net)
 
     def init_training_settings(self) -> None:
@@ -176,9 +157,6 @@ class FastSRModel(SRModel):
         self.samples_seen += self.opt["world_size"] * len(self.lq)
         if self.device.type == "cpu":  # looking costs nothing here; on a GPU it is a sync
             self._check_finite()
-            if self.first_step:
-                keep_freed_memory(self.opt["world_size"])
-                self.first_step = False
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the EMA weights towards the weights, all of them in two kernels."""

@@ -38,8 +38,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from mlrn_arch.errors import UserError
-from mlrn_arch.tools.image_files import BadImage, is_deep, white_is_zero
-from mlrn_arch.tools.resize import imresize
+from mlrn_arch.inference.image_files import BadImage, is_deep, white_is_zero
+from mlrn_arch.inference.resize import imresize
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _MULTIPLE = 12  # divisible by every scale: HR is cropped to it, so scales made apart still agree

@@ -1,4 +1,4 @@
-"""The pictures of `mlrn compare`."""
+"""The pictures of a comparison: trade-offs, and crops as in the paper's Figure 3."""
 
 from __future__ import annotations
 
