@@ -1,8 +1,9 @@
-"""A checkpoint of any form as a state dict, read without running code from it."""
+"""A checkpoint of any form as a state dict, and of which network it is; no code in it is run."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import OrderedDict
 from typing import Any
@@ -101,6 +102,46 @@ def note(state: StateDict, network_g: dict[str, Any]) -> OrderedDict:
     return noted
 
 
-def noted(state: StateDict) -> dict[str, Any] | None:
-    """The section network_g that `note` left in a state dict, or None."""
-    return getattr(state, "_metadata", {}).get("", {}).get("network_g")
+def deduce(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Find out which network a checkpoint is of.
+
+    One that `mlrn export` wrote says it. Any other must be MLRN's: what its shapes tell is taken
+    from them. Of what they do not tell, `act` and `bilinear` are the defaults, and `img_range` is
+    255 for the challenge's form (50 features, 4 blocks) and 1 for all others.
+
+    Args:
+        checkpoint: As `state_dict` takes it.
+
+    Returns:
+        A section `network_g`: `type`, and the arguments of the network.
+
+    Raises:
+        ValueError: It says nothing and is not MLRN's.
+    """
+    state = state_dict(checkpoint)
+    if noted := getattr(state, "_metadata", {}).get("", {}).get("network_g"):
+        return dict(noted)
+    try:
+        num_feat, num_in_ch = state["conv_first.weight"].shape[:2]
+        esa_feat = len(state["body.0.esa.conv_f.weight"])
+        out = len(state["upsampler.0.weight"])
+    except KeyError as error:
+        raise ValueError(f"these are no weights of MLRN: {error}") from None
+    num_block = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
+    # The output has num_out_ch * upscale**2 channels; as many colours as come in, if that fits.
+    num_out_ch = next((c for c in (num_in_ch, 3, 1) if math.isqrt(out // c) ** 2 * c == out), out)
+    mixer = "convmix" if "body.0.mixer.depthwise.weight" in state else "pointwise"
+    if "body.0.mixer.pointwise.weight" not in state:
+        mixer = "none"
+    return {
+        "type": "MLRN",
+        "num_in_ch": num_in_ch,
+        "num_out_ch": num_out_ch,
+        "num_feat": num_feat,
+        "num_block": num_block,
+        "upscale": math.isqrt(out // num_out_ch),
+        "esa_feat": esa_feat,
+        "img_range": 255.0 if (num_feat, num_block) == (50, 4) else 1.0,
+        "mixer": mixer,
+        "bilinear": num_in_ch == num_out_ch,
+    }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -379,52 +378,7 @@ def fitting(
 def _of_checkpoint(name: str, path: str) -> Source:
     loaded = read_checkpoint(path)
     try:
-        network_g = deduce(loaded)
+        network_g = checkpoints.deduce(loaded)
     except (ValueError, UserError) as error:
         raise UserError(f"{path}: {error}; or name an option file") from None
     return Source(name, network_g, path, scale=network_g.get("upscale"), loaded=loaded)
-
-
-def deduce(checkpoint: Options) -> Options:
-    """Find out which network a checkpoint is of.
-
-    One that `mlrn export` wrote says it. Any other must be MLRN's: what its shapes tell is taken
-    from them. Of what they do not tell, `act` and `bilinear` are the defaults, and `img_range` is
-    255 for the challenge's form (50 features, 4 blocks) and 1 for all others.
-
-    Args:
-        checkpoint: As `checkpoints.state_dict` takes it.
-
-    Returns:
-        A section `network_g`: `type`, and the arguments of the network.
-
-    Raises:
-        ValueError: It says nothing and is not MLRN's.
-    """
-    state = checkpoints.state_dict(checkpoint)
-    if noted := checkpoints.noted(state):
-        return dict(noted)
-    try:
-        num_feat, num_in_ch = state["conv_first.weight"].shape[:2]
-        esa_feat = len(state["body.0.esa.conv_f.weight"])
-        out = len(state["upsampler.0.weight"])
-    except KeyError as error:
-        raise ValueError(f"these are no weights of MLRN: {error}") from None
-    num_block = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
-    # The output has num_out_ch * upscale**2 channels; as many colours as come in, if that fits.
-    num_out_ch = next((c for c in (num_in_ch, 3, 1) if math.isqrt(out // c) ** 2 * c == out), out)
-    mixer = "convmix" if "body.0.mixer.depthwise.weight" in state else "pointwise"
-    if "body.0.mixer.pointwise.weight" not in state:
-        mixer = "none"
-    return {
-        "type": "MLRN",
-        "num_in_ch": num_in_ch,
-        "num_out_ch": num_out_ch,
-        "num_feat": num_feat,
-        "num_block": num_block,
-        "upscale": math.isqrt(out // num_out_ch),
-        "esa_feat": esa_feat,
-        "img_range": 255.0 if (num_feat, num_block) == (50, 4) else 1.0,
-        "mixer": mixer,
-        "bilinear": num_in_ch == num_out_ch,
-    }

@@ -16,7 +16,7 @@ from basicsr.models.base_model import BaseModel
 from conftest import REPOSITORY, write_yaml
 from torch import nn
 
-from mlrn_arch import checkpoints, machine, networks
+from mlrn_arch import checkpoints, machine
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
@@ -115,7 +115,7 @@ def test_slim_weights_load_strictly_in_basicsr(export, trained):
     loader.load_network(network, "slim.pth", strict=True, param_key="params")
     x = torch.rand(1, 3, 21, 17)
     assert torch.equal(network(x), trained(x))
-    network_g = networks.deduce(torch.load("slim.pth", weights_only=True))
+    network_g = checkpoints.deduce(torch.load("slim.pth", weights_only=True))
     assert network_g == {"type": "MLRN", **TINY, "img_range": 255.0, "act": "lrelu"}
 
 
@@ -298,4 +298,4 @@ def test_spandrel_knows_every_form(form, tmp_path):
 
 def test_deduce_takes_only_what_is_of_mlrn():
     with pytest.raises(ValueError, match="no weights of MLRN"):
-        networks.deduce({"params": make(RLFN).state_dict()})
+        checkpoints.deduce({"params": make(RLFN).state_dict()})
