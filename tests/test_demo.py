@@ -15,6 +15,5 @@ def test_demo(tmp_path):
     assert f"{bicubic:.2f}" in done.stdout and f"{ours:.2f}" in done.stdout
     # So short a training may or may not beat bicubic, which the exit code tells.
     assert done.returncode == (0 if ours > bicubic else 1)
-    pictures = sorted(folder.glob("visual_*.png"))
-    assert [name.stem.split("_")[1] for name in pictures] == ["chelsea", "coffee"]
-    assert all(cv2.imread(str(file)).shape[1] > 1000 for file in pictures)
+    (picture,) = folder.glob("visual_chelsea_*.png")
+    assert cv2.imread(str(picture)).shape[1] > 1000
