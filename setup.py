@@ -1,9 +1,9 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "mnn": ["MNN", "onnx", "onnxscript"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "openvino": ["openvino"],
     "safetensors": ["safetensors"],
@@ -12,7 +12,7 @@ EXTRAS = {
 
 setup(
     name="mlrn_arch",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', Path("mlrn_arch/version.py").read_text())[1],
     description="MLRN, a mixer-based local residual network for lightweight super-resolution, "
     "as a plugin for BasicSR",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
@@ -20,9 +20,8 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["mlrn_arch", "mlrn_arch.*"]),
     package_data={
-        "mlrn_arch.models": ["*.cpp"],
-        "mlrn_arch.tools": ["*.csv"],
-        "mlrn_arch.weights": ["*.json", "*.pth"],
+        "mlrn_arch": ["weights/*.json", "weights/*.pth"],
+        "mlrn_arch.tools": ["*.csv", "compare/*.csv"],
     },
     # BasicSR 1.4.2 cannot be built on 3.13: its setup.py ends in KeyError: '__version__'.
     python_requires=">=3.10,<3.13",

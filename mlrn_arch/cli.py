@@ -6,7 +6,8 @@ import argparse
 import importlib
 import sys
 
-from mlrn_arch import __version__, errors
+from mlrn_arch import errors
+from mlrn_arch.version import __version__
 
 # Verbs with a parser of BasicSR's own form; their `main` takes the rest of the command line.
 PIPELINES = {

@@ -31,28 +31,31 @@ with warnings.catch_warnings():
     import basicsr  # noqa: F401
 
 from basicsr.models.base_model import BaseModel  # noqa: E402
-from basicsr.utils import check_resume  # noqa: E402
+from basicsr.utils import check_resume, get_root_logger  # noqa: E402
 
+from mlrn_arch import checkpoints  # noqa: E402
 from mlrn_arch.errors import UserError  # noqa: E402
 
-_load_network = BaseModel.load_network
 _model_to_device = BaseModel.model_to_device
 
 
-def _load_network_plain(
+def _load_network(
     self: BaseModel,
     net: torch.nn.Module,
     load_path: str,
     strict: bool = True,
     param_key: str | None = "params",
 ) -> None:
-    """Load a checkpoint that may also be a plain state dict (RLFN, IMDN, ... publish these).
+    """Load a checkpoint of any form that `checkpoints` knows.
 
-    BasicSR would need `param_key_g: ~` for them and, with `ema_decay`, still end in a KeyError.
+    BasicSR needs `param_key_g: ~` for a plain state dict (RLFN, IMDN, ... publish these), still
+    ends in a KeyError with `ema_decay`, and reads no safetensors.
     """
-    if not {"params", param_key} & set(torch.load(load_path, map_location="cpu")):
-        param_key = None
-    _load_network(self, net, load_path, strict, param_key)
+    net = self.get_bare_model(net)
+    get_root_logger().info(f"Loading {type(net).__name__} model from {load_path}.")
+    state = checkpoints.state_dict(checkpoints.read(load_path), param_key)
+    self._print_different_keys_loading(net, state, strict)
+    net.load_state_dict(state, strict=strict)
 
 
 def _model_to_device_cpu(self: BaseModel, net: torch.nn.Module) -> torch.nn.Module:
@@ -64,7 +67,7 @@ def _model_to_device_cpu(self: BaseModel, net: torch.nn.Module) -> torch.nn.Modu
     return _model_to_device(self, net)
 
 
-BaseModel.load_network = _load_network_plain
+BaseModel.load_network = _load_network
 BaseModel.model_to_device = _model_to_device_cpu
 
 

@@ -18,13 +18,13 @@ from spandrel import (
 )
 from spandrel.util import KeyCondition
 
-import mlrn_arch
+from mlrn_arch import checkpoints
 from mlrn_arch.archs.esa import MIN_SIZE
 from mlrn_arch.archs.mlrn_arch import MLRN
 
 
 class MLRNArch(Architecture[MLRN]):
-    """How spandrel recognises and builds MLRN; every argument is found by `weights.deduce`."""
+    """How spandrel recognises and builds MLRN; every argument is found by `checkpoints.deduce`."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -42,7 +42,7 @@ class MLRNArch(Architecture[MLRN]):
 
     def load(self, state_dict: StateDict) -> ImageModelDescriptor[MLRN]:
         """Build the network of a state dict; (1, c, h, w) in [0, 1] -> the same range, clamped."""
-        network_g = mlrn_arch.weights.deduce(state_dict)
+        network_g = checkpoints.deduce(state_dict)
         model = ARCH_REGISTRY.get(network_g.pop("type"))(**network_g)
         num_feat, num_in_ch = model.conv_first.weight.shape[:2]
         num_out_ch = len(model.upsampler[0].weight) // model.upscale**2

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlrn_arch import options
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.errors import UserError
-from mlrn_arch.tools import compare, figures
+from mlrn_arch.tools import compare
+from mlrn_arch.tools.compare import pictures, scoring, tables
 
 TINY = {"upscale": 2, "num_feat": 8, "num_block": 1, "esa_feat": 4}
 
@@ -39,7 +40,7 @@ def table() -> list[dict]:
 def networks(tmp_path, monkeypatch, test_options) -> Path:
     """A folder with option files and checkpoints: MLRN by FastSRModel, RLFN of the Y channel."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "OUTPUT", (128, 72))  # the full size takes seconds
+    monkeypatch.setattr(scoring, "OUTPUT", (128, 72))  # the full size takes seconds
     metrics = test_options["val"]["metrics"]
     metrics["ssim"] = {**metrics["psnr"], "type": "calculate_ssim"}
     dataset = test_options["datasets"]["test_1"]
@@ -229,13 +230,13 @@ def test_visual(networks, capsys, paired_data):
 
 
 def test_table_1_and_its_picture(tmp_path):
-    printed = compare.paper()
+    printed = tables.paper()
     assert len(printed) == 28
     assert printed["MLRN", 4]["Set5 PSNR"] == "32.30" and printed["MLRN", 2]["mult_adds"] == "90.4G"
-    assert compare._number(printed["CARN", 3]["parameters"]) == 1592e3
+    assert tables.number(printed["CARN", 3]["parameters"]) == 1592e3
     points = [
-        (name, scale, {column: compare._number(text) for column, text in row.items()})
+        (name, scale, {column: tables.number(text) for column, text in row.items()})
         for (name, scale), row in printed.items()
     ]
-    png, svg = figures.draw_tradeoffs(points, "Set5 PSNR", "a machine", tmp_path)
+    png, svg = pictures.draw_tradeoffs(points, "Set5 PSNR", "a machine", tmp_path)
     assert cv2.imread(str(png)).std() > 10 and svg.stat().st_size > 10000

@@ -193,9 +193,9 @@ def test_resume_with_a_teacher_is_bit_identical(tmp_path, distill_options, mlrn_
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("network_t:num_block=1", "the student has 2 blocks of 8 features, the teacher 1 of 4"),
+        ("network_g:num_block=3", "the student has 3 blocks of 8 features, the teacher 2 of 4"),
         ("network_t:type=SRCNN", "SRCNN takes no"),
-        ("network_t=none", "network_t: is missing"),
+        ("network_t=none", "nor does spandrel know it"),
         ("path:pretrain_network_t=none", "an untrained teacher teaches nothing"),
         ("path:pretrain_network_t=gone.pth", "no such file gone.pth"),
         ("train:distill_opt:stage=block", "'block' is none of blocks, chain, output"),

@@ -22,8 +22,8 @@ from conftest import REPOSITORY, mlrn
 from PIL import Image
 
 from mlrn_arch.errors import UserError
+from mlrn_arch.inference.resize import imresize
 from mlrn_arch.tools import prepare
-from mlrn_arch.tools.resize import imresize
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -527,7 +527,7 @@ def compact(tmp_path) -> tuple[str, str]:
 def test_a_teachers_output_in_place_of_hr(photos, tmp_path, compact, known_by, monkeypatch):
     if known_by == "spandrel":
         pytest.importorskip("spandrel")
-    monkeypatch.setattr(prepare, "cpu_computes_in_bf16", lambda: False)
+    monkeypatch.setattr(prepare, "computes_in_bf16", lambda: False)
     teacher = compact[known_by == "spandrel"]
     sizes = ["--crop-size", 24, "--step", 24, "--shrink", 3, 4]
     assert run(photos, tmp_path / "D", "--scale", 2, "--teacher", teacher, *sizes) == 0
@@ -550,7 +550,7 @@ def test_a_teachers_output_in_place_of_hr(photos, tmp_path, compact, known_by, m
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--teacher", "RLFM:rlfn.pth"], "neither NETWORK:CHECKPOINT"),
+        (["--teacher", "RLFM:rlfn.pth"], "unknown .RLFM.; did you mean RLFN"),
         (["--scale", 4, "--teacher", "COMPACT"], "enlarges by 2, not by --scale 4"),
         (["--scale", 2, 4, "--teacher", "COMPACT"], "of one scale"),
         (["--shrink", 2], "are for --teacher"),

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
+from mlrn_arch.inference.counting import count
 from mlrn_arch.tools import ntire2023
-from mlrn_arch.tools.profile import count
 
 NTIRE_YML = str(REPOSITORY / "options/ntire/test_MLRN_NTIRE_x4.yml")
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mlrn_arch.tools.resize import imresize
+from mlrn_arch.inference.resize import imresize
 
 BENCHMARK = Path(__file__).parents[1].parent / "shared" / "data" / "benchmark"
 

@@ -8,20 +8,20 @@ import torch
 import yaml
 from conftest import REPOSITORY, SHARED, mlrn, write_yaml
 
-from mlrn_arch import create_model, weights
+from mlrn_arch import create_model, networks
 
 
 def test_names_are_the_papers_networks():
     # Parameters as Table 1 and Table 3 print them.
     counts = {"MLRN_x2": 488, "MLRN_x3": 496, "MLRN_x4": 507, "MLRN_NTIRE_x4": 275}
-    assert set(weights.names()) == set(counts)
+    assert set(networks.names()) == set(counts)
     for name, thousands in counts.items():
         network = create_model(name)
         assert round(sum(p.numel() for p in network.parameters()) / 1e3) == thousands
         assert not network.training
 
 
-@pytest.mark.parametrize("name", weights.names())
+@pytest.mark.parametrize("name", networks.names())
 def test_loads_by_name(name):
     network = create_model(name, pretrained=True)
     size = 24
@@ -32,7 +32,7 @@ def test_loads_by_name(name):
         smooth, scale_factor=network.upscale, mode="bilinear", align_corners=False
     )
     assert (output - wanted).abs().mean() < 0.02  # a trained network keeps a ramp a ramp
-    known = weights.info(name)
+    known = networks.info(name)
     recipe = [yaml.safe_load((REPOSITORY / file).read_text()) for file in known["recipe"]]
     assert known["iterations"] == sum(opt["train"]["total_iter"] for opt in recipe)
     assert recipe[-1]["network_g"] == known["network_g"]
@@ -53,19 +53,19 @@ def test_unknown_name_in_option_file(tmp_path, test_options):
 
 def test_list_tells_every_network():
     listed = json.loads(mlrn("weights", "--json", cwd=REPOSITORY).stdout)
-    assert [entry["name"] for entry in listed] == weights.names()
+    assert [entry["name"] for entry in listed] == networks.names()
     plain = mlrn("weights", cwd=REPOSITORY).stdout
-    assert all(name.replace("MLRN_", "mlrn://", 1) in plain for name in weights.names())
+    assert all(name.replace("MLRN_", "mlrn://", 1) in plain for name in networks.names())
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs Set5 and Set14 in ../shared")
-@pytest.mark.parametrize("name", weights.names())
+@pytest.mark.parametrize("name", networks.names())
 def test_scores_are_those_of_mlrn_test(name, tmp_path):
-    known = weights.info(name)
+    known = networks.info(name)
     scale = known["network_g"]["upscale"]
     (tmp_path / "datasets").symlink_to(SHARED / "data/benchmark")
     file = REPOSITORY / f"options/test_MLRN_x{scale}.yml"
-    forced = [f"path:pretrain_network_g={weights.PREFIX}{name}", "val:save_img=false"]
+    forced = [f"path:pretrain_network_g={networks.PREFIX}{name}", "val:save_img=false"]
     forced += [f"network_g={json.dumps(known['network_g'])}", "datasets:test_2=none"]
     done = mlrn("test", "-opt", str(file), "--force_yml", *forced, cwd=tmp_path)
     assert done.returncode == 0, done.stdout

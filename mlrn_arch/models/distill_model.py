@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from basicsr.archs import build_network
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 
+from mlrn_arch import networks
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.models.fast_sr_model import FastSRModel
@@ -24,6 +24,7 @@ STAGES = {"blocks": 1.0, "chain": 0.05, "output": 0.0}
 class DistillModel(FastSRModel):
     """`FastSRModel` that learns from a teacher, `network_t` with `path:pretrain_network_t`.
 
+    Without `network_t` the checkpoint says which network it is, of all that spandrel knows.
     Takes every option of `FastSRModel`, whose losses compare the output with the teacher's, and
     in `train:distill_opt`:
 
@@ -43,16 +44,8 @@ class DistillModel(FastSRModel):
         self.stage = distill["stage"]
         self.block_weight = distill.get("block_weight", STAGES[self.stage])
         self.gt_weight = distill.get("gt_weight", 0.0)
-        net_t = build_network(self.opt["network_t"]).to(self.device)
-        path = self.opt["path"]
-        if path.get("pretrain_network_t"):
-            self.load_network(
-                net_t,
-                path["pretrain_network_t"],
-                path.get("strict_load_t", True),
-                path.get("param_key_t", "params"),
-            )
-        self.net_t = net_t.to(memory_format=self.memory_format).eval().requires_grad_(False)
+        net_t = load_teacher(self.opt).to(self.device, memory_format=self.memory_format)
+        self.net_t = net_t.eval().requires_grad_(False)
         super().init_training_settings()
         self.student_blocks, self.teacher_blocks = [], []
         if self.stage != "output":
@@ -77,6 +70,20 @@ class DistillModel(FastSRModel):
             errors = [_error(a, b) for a, b in zip(own[1:], theirs[1:], strict=True)]
             losses["l_blocks"] = self.block_weight * torch.stack(errors).sum()
         return losses
+
+
+def load_teacher(opt: dict[str, Any]) -> nn.Module:
+    """The teacher of complete options, with its weights, on the CPU.
+
+    Raises:
+        UserError: There is no such network or checkpoint, or they do not fit.
+    """
+    path, section = opt["path"], opt.get("network_t")
+    checkpoint = path["pretrain_network_t"]
+    if section is None:
+        return networks.load_teacher(checkpoint, opt["scale"])
+    how = path.get("param_key_t"), path.get("strict_load_t", True)
+    return networks.load(networks.Source("network_t", section, checkpoint, None, None, *how))[0]
 
 
 def _error(features: Tensor, taught: Tensor) -> Tensor:

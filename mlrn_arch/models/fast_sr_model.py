@@ -8,7 +8,6 @@ import io
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import OrderedDict
@@ -21,17 +20,15 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 
+from mlrn_arch import checkpoints, networks
 from mlrn_arch.archs.inherit import inherit
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.compat import newest_states
 from mlrn_arch.data import ResumableSampler
 from mlrn_arch.errors import UserError
-from mlrn_arch.memory import keep_freed_memory
-from mlrn_arch.models import cpu_kernels
+from mlrn_arch.machine import DTYPES
 from mlrn_arch.models.muon import Muon
-from mlrn_arch.weights import deduce, state_dict
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What decides the course of a run; machines may differ in the rest (workers, pinned memory).
 COMPARED = (
     "scale",
@@ -57,8 +54,6 @@ class FastSRModel(SRModel):
         train:precision       fp32 (default), bf16, or fp16 (with loss scaling)
         train:channels_last   true (default): the memory format that convolutions are fastest in
         train:compile         false (default): `torch.compile` the network for training
-        train:cpu_kernels     true (default): on a CPU in fp32, convolve by `cpu_kernels` where a
-                              C++ compiler is at hand
         train:inherit_network_g  start MLRN from RLFN's weights, or an MLRN's of another scale
         train:grad_clip       largest norm of the gradient; no clipping by default
         val:precision         fp32 (default), bf16 or fp16
@@ -86,27 +81,13 @@ class FastSRModel(SRModel):
         self.loss_dict: dict[str, torch.Tensor] = {}
         self.samples, self.samples_since = 0, time.monotonic()
         self.samples_seen = 0
-        self.first_step = True
         super().__init__(opt)
 
     def model_to_device(self, net: torch.nn.Module) -> torch.nn.Module:
         """Move a network to the device, channels last, compiled and wrapped as the options say."""
         net = net.to(memory_format=self.memory_format)
-        train = self.opt.get("train") or {}
-        if train.get("compile", False):
+        if (self.opt.get("train") or {}).get("compile", False):
             net.compile()  # in place, so that the names in its state dict stay
-        elif (
-            self.is_train
-            and (self.device.type, self.precision) == ("cpu", "fp32")
-            and self.memory_format == torch.channels_last
-            and train.get("cpu_kernels", True)
-        ):
-            try:
-                cpu_kernels.use_in(net)
-                how = "with kernels compiled for this CPU"
-            except (OSError, subprocess.SubprocessError) as error:
-                how = f"with PyTorch's kernels alone; ours cannot be compiled: {error}"
-            get_root_logger().info(f"Training {how}")
         return super().model_to_device(net)
 
     def init_training_settings(self) -> None:
@@ -201,9 +182,6 @@ class FastSRModel(SRModel):
         self.samples_seen += self.opt["world_size"] * len(self.lq)
         if self.device.type == "cpu":  # looking costs nothing here; on a GPU it is a sync
             self._check_finite()
-            if self.first_step:
-                keep_freed_memory(self.opt["world_size"])
-                self.first_step = False
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the EMA weights towards the weights, all of them in two kernels."""
@@ -411,14 +389,18 @@ def inherit_weights(network: torch.nn.Module, path: str) -> None:
     """Start an MLRN from a checkpoint of RLFN (of image range 255) or MLRN, as `inherit` says.
 
     Raises:
-        ValueError: It is of another network, or does not fit; or `network` is no MLRN.
+        UserError: It is no checkpoint, of another network, or does not fit; or `network` is no
+            MLRN.
     """
     if not isinstance(network, MLRN):
-        raise ValueError(f"{type(network).__name__} inherits from no other network; MLRN does")
-    checkpoint = torch.load(os.path.expanduser(path), map_location="cpu", weights_only=True)
-    state = state_dict(checkpoint)
+        raise UserError(f"{type(network).__name__} inherits from no other network; MLRN does")
+    checkpoint = networks.read_checkpoint(path)
+    state = checkpoints.state_dict(checkpoint)
     rlfn = "conv_1.weight" in state
-    inherit(network, state, 255.0 if rlfn else deduce(checkpoint)["img_range"])
+    try:
+        inherit(network, state, 255.0 if rlfn else checkpoints.deduce(checkpoint)["img_range"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _get(opt: dict[str, Any], key: str) -> Any:

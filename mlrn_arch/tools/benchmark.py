@@ -8,9 +8,8 @@ over the rounds. Nothing is written.
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
-import os
-import platform
 import resource
 import signal
 import statistics
@@ -19,9 +18,12 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from mlrn_arch import machine, options
 from mlrn_arch.errors import UserError
+from mlrn_arch.train import replacements
 
 STOCK = [
     "model_type=SRModel",
@@ -103,13 +105,7 @@ def _receive(side: Connection) -> dict[str, Any]:
 
 def _side(connection: Connection, arguments: list[str], loader_only: bool) -> None:
     """Set up one side as the pipeline does, then train as many steps as is asked for."""
-    import logging
-
-    import torch
-    from basicsr import train as pipeline
-
-    from mlrn_arch import options
-    from mlrn_arch.train import replacements
+    from basicsr import train as pipeline  # here, for only the two sides need it
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's
     try:
@@ -131,7 +127,7 @@ def _side(connection: Connection, arguments: list[str], loader_only: bool) -> No
     else:
         prefetcher = pipeline.CPUPrefetcher(loader)
     on_gpu = opt["num_gpu"] > 0
-    device = torch.cuda.get_device_name() if on_gpu else cpu_name()
+    device = machine.name_of(torch.device("cuda" if on_gpu else "cpu"))
     what = train["type"] if loader_only else opt["model_type"]
     about = {"device": device, "torch": torch.__version__, "batch": loader.batch_size}
     connection.send({**about, "what": what})
@@ -179,13 +175,3 @@ def _side(connection: Connection, arguments: list[str], loader_only: bool) -> No
         if loader_only:  # the workers fill their queues first: the other side's turn is its own
             time.sleep(seconds / steps * loader.num_workers * (loader.prefetch_factor or 0))
         connection.send(result)
-
-
-def cpu_name() -> str:
-    """Name of this machine's processor and its number of cores."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({os.cpu_count()} cores)"

@@ -31,10 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlrn_arch import __version__, backends, options, weights
+from mlrn_arch import checkpoints, networks
 from mlrn_arch.archs.inherit import inherit
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.inference import backends
+from mlrn_arch.machine import need
+from mlrn_arch.version import __version__
 
 FORMS = (".onnx", ".xml", ".safetensors", ".pth")
 # Odd, low, and below what a plain export of ESA takes; then what every network takes.
@@ -44,9 +47,9 @@ SHAPES = ((1, 23, 37), (3, 31, 22), (2, 16, 49), (1, 9, 14), (1, 48, 64), (2, 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mlrn export` on `parser`."""
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a shipped network, such as x4, or an option file")
+    add("network", metavar="NETWORK", help="such as x4 or an option file; see below")
     add("output", type=Path, metavar="OUTPUT", help=f"a file ({', '.join(FORMS)}), or a folder")
-    add("--weights", metavar="FILE", help="checkpoint (default: the shipped one, the file's own)")
+    add("--weights", metavar="FILE", help="a checkpoint in place of the network's own")
     add("--uint8", action="store_true", help="8-bit images in and out (.onnx and .xml)")
     add("--ntire", type=int, metavar="TEAM", help="the challenge's number of your team")
     add(
@@ -57,10 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "RLFN's 255",
     )
     add("--overwrite", action="store_true", help="replace a file OUTPUT that exists")
-    parser.epilog = """examples:
+    parser.epilog = f"""examples:
   mlrn export x4 mlrn_x4.onnx
-  mlrn export options/baselines/test_RLFN_x4.yml rlfn.onnx --weights rlfn_x4.pth
-  mlrn export options/ntire/test_MLRN_NTIRE_x4.yml submission --ntire 12"""
+  mlrn export options/baselines/test_RLFN_x4.yml:rlfn_x4.pth rlfn.onnx
+  mlrn export NTIRE_x4 submission --ntire 12
+
+{networks.FORMS}"""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -90,14 +95,14 @@ def run(args: argparse.Namespace) -> None:
         ".xml": ["openvino", "onnx", "onnxscript"],
         ".safetensors": ["safetensors"],
     }
-    backends.need(f"writing {form}", *needed.get(form, []))
+    need(f"writing {form}", *needed.get(form, []))
 
-    network, network_g = options.load_network(args.source, args.weights)
+    network, network_g = networks.load(args.network, args.weights)
     if args.img_range is not None:
         if not isinstance(network, MLRN):
             raise UserError(f"--img-range is for MLRN, not for {type(network).__name__}")
         network_g = {**network_g, "img_range": args.img_range}
-        trained, (network, _) = network, options.build_network(network_g)
+        trained, (network, _) = network, networks.build(network_g)
         inherit(network.eval().requires_grad_(False), trained.state_dict(), trained.img_range)
     write: dict[str, Callable] = {".onnx": _onnx, ".xml": _openvino}
     with _beside(args.output) as folder:
@@ -114,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
             state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
             file.write_bytes(save(state, header))
         else:
-            torch.save({"params": weights.with_arguments(network.state_dict(), network_g)}, file)
+            torch.save({"params": checkpoints.note(network.state_dict(), network_g)}, file)
     for output in outputs:
         if output.is_file():
             print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")

@@ -42,18 +42,14 @@ import lmdb
 import numpy as np
 import torch
 from basicsr.utils import img2tensor, tensor2img
-from basicsr.utils.registry import ARCH_REGISTRY
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from mlrn_arch.errors import UserError, first_line
-from mlrn_arch.options import _load_checkpoint as load_checkpoint
-from mlrn_arch.options import _misfits as misfits
-from mlrn_arch.options import _registered as registered
-from mlrn_arch.options import build_network, cpu_computes_in_bf16, network_by_name
-from mlrn_arch.tools.image_files import BadImage, is_deep, white_is_zero
-from mlrn_arch.tools.resize import imresize
-from mlrn_arch.weights import state_dict
+from mlrn_arch import networks
+from mlrn_arch.errors import UserError
+from mlrn_arch.inference.image_files import BadImage, is_deep, white_is_zero
+from mlrn_arch.inference.resize import imresize
+from mlrn_arch.machine import computes_in_bf16
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _MULTIPLE = 12  # divisible by every scale: HR is cropped to it, so scales made apart still agree
@@ -110,8 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         metavar="NETWORK[:CHECKPOINT]",
         help="store this network's output in place of HR, for the one scale that --scale names: a "
-        "network that BasicSR knows, as in `mlrn profile`, or the checkpoint of any network that "
-        "spandrel (`pip install spandrel`) knows",
+        "NETWORK as `mlrn compare` takes it, or the checkpoint of any network that spandrel (`pip "
+        "install spandrel`) knows",
     )
     add(
         "--shrink",
@@ -543,32 +539,7 @@ def _teacher(spec: str, scale: int, imports: tuple[str, ...]) -> Callable[[np.nd
             runpy.run_path(file)
         except OSError as error:
             raise UserError(f"--import {file}: {error.strerror}") from None
-    name, _, checkpoint = spec.partition(":")
-    if registered(name, ARCH_REGISTRY) in ARCH_REGISTRY:
-        arguments, _, checkpoint = checkpoint.rpartition(":")
-        section = network_by_name(f"{name}:{arguments}", scale)
-        network, _ = build_network(section, "--teacher")
-        state = state_dict(load_checkpoint(checkpoint))
-        if faults := list(misfits("--teacher", checkpoint, network, state)):
-            raise UserError(faults[0])
-        network.load_state_dict(state)
-        network.eval().to(memory_format=torch.channels_last)
-    else:
-        try:
-            from spandrel import ImageModelDescriptor, ModelLoader
-
-            network = ModelLoader().load_from_file(spec)
-        except ImportError:
-            raise UserError(
-                f"--teacher: BasicSR knows no network {name}; `pip install spandrel` for others"
-            ) from None
-        except Exception as error:  # spandrel tells what it cannot load in many ways
-            raise UserError(
-                f"--teacher: {spec} is neither NETWORK:CHECKPOINT with a network of BasicSR nor "
-                f"a checkpoint that spandrel knows ({first_line(error)})"
-            ) from None
-        if not isinstance(network, ImageModelDescriptor) or network.input_channels != 3:
-            raise UserError(f"--teacher: {spec} does not enlarge RGB images")
+    network = networks.load_teacher(spec, scale).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         made = network(torch.rand(1, 3, 48, 48)).shape[-1]
     if made != 48 * scale:
@@ -576,7 +547,7 @@ def _teacher(spec: str, scale: int, imports: tuple[str, ...]) -> Callable[[np.nd
 
     def enlarge(lq: np.ndarray) -> np.ndarray:
         x = img2tensor(lq / np.float32(255))[None].to(memory_format=torch.channels_last)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, cpu_computes_in_bf16()):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, computes_in_bf16()):
             return tensor2img(network(x).float())
 
     return enlarge

@@ -1,20 +1,8 @@
 """Compare networks: parameters, mult-adds, activations, convolutions, memory and runtime.
 
-A network is an option file (its network_g) or a name that BasicSR knows, with arguments if it
-needs some. Counting runs on torch's meta device, which computes nothing.
+{counts}
 
-mult-adds    multiplications of convolutions (grouped, transposed and deformable ones as well),
-             linear layers, matrix products and attention, each with its addition; biases, other
-             products and additions, activations, pooling and interpolation are not counted
-FLOPs        as the NTIRE challenge counts: mult-adds, plus 1 for every output element of ReLU,
-             LeakyReLU, PReLU, ELU and ReLU6, plus 2 for those of BatchNorm2d (1 if not affine);
-             where its counter errs, in transposed convolutions and in linear layers on more than
-             two dimensions, this one does not
-acts         output elements of all convolutions
-conv         calls of a convolution
-peak MiB     weights, input and the most that one forward pass holds beside them. CUDA: as torch's
-             allocator measures it. CPU, and with --no-runtime: the tensors alive at once, by
-             following the pass on the meta device; what a kernel needs inside is not in it
+Of the other columns, on CUDA "peak MiB" is what torch's allocator measures;
 ms           one forward pass, eager, batch 1: median over the rounds, with the fastest and the
              slowest; the networks take turns
 ratio        to the first network: median of the ratios within a round
@@ -27,14 +15,12 @@ A back end without --precision chooses it: bf16 on a CPU that computes in it, fp
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import json
 import math
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,22 +28,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
-from mlrn_arch import backends, options
+from mlrn_arch import machine, networks
 from mlrn_arch.errors import UserError, first_line
-from mlrn_arch.models.fast_sr_model import DTYPES
+from mlrn_arch.inference import backends, counting
+from mlrn_arch.machine import DTYPES
 from mlrn_arch.tools import ntire2023
-from mlrn_arch.tools.benchmark import cpu_name
+
+__doc__ = __doc__.format(counts=counting.__doc__.strip())
 
 MIB = 2**20
-RELU_LIKE = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.ReLU6)
-DEFORMABLE = torch.ops.torchvision.deform_conv2d
-CONVOLUTIONS = (torch.ops.aten.convolution.default, DEFORMABLE.default)
 TURN_SECONDS = 0.1  # a turn repeats a network that is faster than this
 
 
@@ -75,7 +56,7 @@ class Subject:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mlrn profile` on `parser`."""
     add = parser.add_argument
-    add("networks", nargs="+", metavar="NETWORK", help="FILE.yml, NAME or NAME:ARG=VALUE,ARG=VALUE")
+    add("networks", nargs="+", metavar="NETWORK", help="the first is the reference; see below")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--output-size",
@@ -87,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--input-size", type=_size, metavar="WxH", help="size of the input; NTIRE's is 256x256"
     )
-    add("--upscale", type=_positive, default=4, help="of networks by name (default: %(default)s)")
+    add("--upscale", type=_positive, default=4, help="where NETWORK says none (default: 4)")
     add("--frames", type=_positive, help="for video networks: LR frames in one input")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--device", choices=machine.DEVICES, help="default: cuda if there is one")
     add("--precision", choices=DTYPES, help="of weights and input (default: fp32)")
     add("--backend", nargs="+", choices=backends.NAMES, help="time these back ends as well")
     add("--rounds", type=_positive, default=5, help="turns of each network (default: %(default)s)")
@@ -99,9 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=_amount, metavar="MIB", help="peak memory on the challenge's hardware")
     add("--json", type=Path, metavar="FILE", help="write all figures, unrounded")
     add("--csv", type=Path, metavar="FILE", help="the same as a table")
-    parser.epilog = """example, the first network is the reference:
+    parser.epilog = f"""examples:
   mlrn profile MLRN RLFN:num_feat=48 EDSR:num_in_ch=3,num_out_ch=3 options/test_MLRN_x4.yml
-  mlrn profile options/ntire/test_MLRN_NTIRE_x4.yml --leaderboard --no-runtime"""
+  mlrn profile NTIRE_x4 --leaderboard --no-runtime
+
+{networks.FORMS}
+Of a checkpoint the form counts; without one the network is profiled untrained."""
 
 
 def _positive(text: str) -> int:
@@ -144,10 +128,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--time and --memory are those of one network; give just that one")
     if args.backend and args.no_runtime:
         raise UserError("--backend measures, --no-runtime forbids it; give one of them")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = DTYPES[args.precision or "fp32"]
+    device = machine.choose_device(args.device)
 
     faults: list[str] = []
     subjects: list[Subject] = []
@@ -156,38 +137,30 @@ def run(args: argparse.Namespace) -> int:
             subject = _subject(name, args)
             subject.row |= {"network": name, "upscale": subject.upscale}
             subject.row |= {"input": "x".join(map(str, (subject.shape[-1], subject.shape[-2])))}
-            subject.row |= count(subject.network, subject.shape, subject.upscale, dtype)
+            subject.row |= counting.count(
+                subject.network, subject.shape, subject.upscale, DTYPES[args.precision or "fp32"]
+            )
         except UserError as error:
-            told = _is_file(name) and name in str(error)
+            told = networks.split(name)[0] in str(error) and ".y" in name
             faults.append(str(error) if told else f"{name}: {error}")
         else:
             subjects.append(subject)
-    if args.backend:
-        faults += _measure_backends(subjects, args.backend, device, args)
-    elif not args.no_runtime:
-        faults += _measure(subjects, device, dtype, args.rounds)
+    if not args.no_runtime:
+        faults += _measure(subjects, device, args)
 
     rows = [subject.row for subject in subjects]
     if rows:
-        where = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name()
-        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-        machine = f"{where}{threads}, torch {torch.__version__}, {args.precision or 'fp32'}"
-        _print_table(rows, machine)
+        precision = args.precision or "fp32"
+        where = f"{machine.name_of(device)}, torch {torch.__version__}, {precision}"
+        _print_table(rows, where)
         if args.backend:
-            _print_backends(rows, args.backend, machine)
+            _print_backends(rows, args.backend, where)
         if args.leaderboard:
             faults += _print_leaderboard(rows, args)
-        _write(args, rows, machine)
+        _write(args, rows, where)
     for fault in faults:
         print(f"mlrn profile: {fault}", file=sys.stderr)
     return (1 if rows else 2) if faults else 0
-
-
-# --- which network ------------------------------------------------------------------------------
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith((".yml", ".yaml"))
 
 
 def _subject(name: str, args: argparse.Namespace) -> Subject:
@@ -196,14 +169,10 @@ def _subject(name: str, args: argparse.Namespace) -> Subject:
     Raises:
         UserError: No such file or network, or arguments that it does not take.
     """
-    if _is_file(name):
-        opt, section = options.network_section(name)
-        upscale = opt.get("scale", args.upscale)
-    else:
-        section, upscale = options.network_by_name(name, args.upscale), args.upscale
-    network, values = options.build_network(section)
+    found = networks.find(name, upscale=args.upscale)
+    network, values = networks.build(found.network_g)
     network.eval().requires_grad_(False)
-    upscale = values.get("upscale", values.get("scale", upscale))
+    upscale = values.get("upscale", values.get("scale", found.scale or args.upscale))
     if not isinstance(upscale, (int, float)) or upscale <= 0:
         raise UserError(f"scale must be a positive number, not {upscale!r}")
     names = ("num_in_ch", "in_chans", "in_channels", "input_channels")
@@ -216,127 +185,19 @@ def _subject(name: str, args: argparse.Namespace) -> Subject:
     return Subject(name, network, upscale, (1, *frames, channels, height, width))
 
 
-# --- counts -------------------------------------------------------------------------------------
-
-
-class _Tally(TorchDispatchMode):
-    """Sees every operator of a forward pass: counts convolutions, follows the bytes alive."""
-
-    def __init__(self, kept: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.activations = self.convolutions = self.alive = self.peak = 0
-        self._storages = WeakIdKeyDictionary()
-        for tensor in kept:
-            self._keep(tensor)
-
-    def _keep(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()  # views and in-place results share one
-        if storage not in self._storages:
-            self._storages[storage] = True
-            self.alive += storage.nbytes()
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._drop, storage.nbytes())
-
-    def _drop(self, size: int) -> None:
-        self.alive -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._keep(tensor)
-        if func in CONVOLUTIONS:
-            self.activations += result.numel()
-            self.convolutions += 1
-        return result
-
-
-def _deformable(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape=None, **__: Any) -> int:
-    return 2 * math.prod(out_shape) * math.prod(weight[1:])
-
-
-def count(
-    network: nn.Module,
-    shape: Sequence[int],
-    upscale: int,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    """Count what one forward pass costs; nothing is computed unless the network insists.
-
-    Args:
-        network: In evaluation mode; is left as it was.
-        shape: The input, (n, c, h, w) or, for video, (n, t, c, h, w).
-        upscale: Output size over input size.
-        dtype: Of weights and input, for the bytes.
-
-    Returns:
-        `parameters`, `mult_adds`, `flops` (as the NTIRE challenge counts), `activations`,
-        `convolutions` and `peak_bytes`, as the module's docstring explains them.
-
-    Raises:
-        UserError: The network cannot take this input, or does not return `upscale` times its size.
-    """
-    try:
-        return _count_on("meta", network, shape, upscale, dtype)
-    except UserError:
-        raise
-    except Exception:  # some networks look at values, which the meta device has not
-        try:
-            return _count_on("cpu", network, shape, upscale, dtype)
-        except UserError:
-            raise
-        except Exception as error:  # each network fails in its own way
-            taken = " x ".join(map(str, shape))
-            raise UserError(f"cannot take an input of {taken}: {first_line(error)}") from None
-
-
-def _count_on(
-    device: str, network: nn.Module, shape: Sequence[int], upscale: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    network = copy.deepcopy(network).to(device, dtype)
-    extra = 0
-
-    def add_extra(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        nonlocal extra
-        twice = isinstance(module, nn.BatchNorm2d) and module.affine
-        extra += output.numel() * (2 if twice else 1)
-
-    for module in network.modules():
-        if isinstance(module, (*RELU_LIKE, nn.BatchNorm2d)):
-            module.register_forward_hook(add_extra)
-    x = torch.zeros(shape, device=device, dtype=dtype)
-    tally = _Tally([*network.parameters(), *network.buffers(), x])
-    flops = FlopCounterMode(display=False, custom_mapping={DEFORMABLE: _deformable})
-    # Not inference_mode: under it composite operators reach the tally in one piece.
-    with torch.no_grad(), flops, tally:
-        y = network(x)
-    size = tuple(getattr(y, "shape", ()))
-    wanted = (shape[-2] * upscale, shape[-1] * upscale)
-    if size[-2:] != wanted:
-        given = f"{size[-1]}x{size[-2]}" if len(size) > 2 else "no image"
-        raise UserError(
-            f"returns {given} where x{upscale} of {shape[-1]}x{shape[-2]} would be "
-            f"{wanted[1]}x{wanted[0]}; if it has another scale, give it with --upscale"
-        )
-    mult_adds = flops.get_total_flops() // 2
-    return {
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "mult_adds": mult_adds,
-        "flops": mult_adds + extra,
-        "activations": tally.activations,
-        "convolutions": tally.convolutions,
-        "peak_bytes": tally.peak,
-    }
-
-
 # --- runtime ------------------------------------------------------------------------------------
 
 
 def _measure(
-    subjects: Sequence[Subject], device: torch.device, dtype: torch.dtype, rounds: int
+    subjects: Sequence[Subject], device: torch.device, args: argparse.Namespace
 ) -> list[str]:
-    """Fill in the times (and on a GPU the memory) of all networks; returns the faults."""
+    """Fill in the times (and on a GPU the memory) of all networks; returns the faults.
+
+    They are `time_ms` of the network as it is, or with back ends `eager_ms`, `openvino_ms`, ...
+    """
     faults, ready = [], []
+    plain = "eager" if args.backend else "time"
+    dtype = DTYPES[args.precision or "fp32"]
     torch.backends.cudnn.benchmark = True  # as BasicSR
     with torch.inference_mode():
         for subject in subjects:
@@ -348,53 +209,25 @@ def _measure(
                     # The others' weights and cuBLAS's workspaces are there already, and stay.
                     before = torch.cuda.memory_allocated()
                     torch.cuda.reset_peak_memory_stats()
-                calls = max(1, min(1000, int(TURN_SECONDS / _seconds(network, x, 1))))
-                if device.type == "cuda":
+                    _seconds(network, x, 1)
                     own = [*network.parameters(), *network.buffers(), x]
                     peak = torch.cuda.max_memory_allocated() - before
                     subject.row["peak_bytes"] = peak + sum(tensor.nbytes for tensor in own)
-                ready.append((subject, network, x, calls, []))
             except Exception as error:  # out of memory, or no kernel for this precision
                 subject.network.to("cpu")
                 faults.append(f"{subject.name}: cannot run on {device}: {first_line(error)}")
-        for _ in tqdm(range(rounds), desc="rounds", disable=None):
-            for _, network, x, calls, turns in ready:
-                turns.append(_seconds(network, x, calls) / calls)
-    for subject, *_, turns in ready:
-        times = [1e3 * seconds for seconds in turns]
-        ratios = [own / first for own, first in zip(turns, ready[0][-1], strict=True)]
-        subject.row |= {
-            "time_ms": statistics.median(times),
-            "time_ms_min": min(times),
-            "time_ms_max": max(times),
-            "time_ratio": statistics.median(ratios),
-        }
-    return faults
-
-
-def _measure_backends(
-    subjects: Sequence[Subject], names: Sequence[str], device: torch.device, args: Any
-) -> list[str]:
-    """Fill in `eager_ms`, `openvino_ms`, ... of all networks; returns the faults."""
-    faults, ready = [], []
-    for subject in subjects:
-        network = subject.network.to(device, DTYPES[args.precision or "fp32"])
-        x = torch.rand(subject.shape, device=device)
-        ways = {"eager": lambda x, network=network: network(x.to(next(network.parameters()).dtype))}
-        for name in names:
-            cpu_only = name != "torch"
-            try:
-                ways[name] = backends.load(
-                    network, name, None if cpu_only else device, args.precision or "auto"
-                )
-            except UserError as error:
-                faults.append(f"{subject.name}: {error}")
-        with torch.inference_mode():
+                continue
+            ways: dict[str, Callable] = {plain: network}
+            for name in args.backend or ():
+                where = device if name == "torch" else None
+                try:
+                    ways[name] = backends.load(network, name, where, args.precision or "auto")
+                    _seconds(ways[name], x, 1)
+                except UserError as error:
+                    faults.append(f"{subject.name}: {error}")
             for name, way in ways.items():
-                _seconds(way, x, 1)
                 calls = max(1, min(1000, int(TURN_SECONDS / _seconds(way, x, 1))))
                 ready.append((subject.row, name, way, x, calls, []))
-    with torch.inference_mode():
         for _ in tqdm(range(args.rounds), desc="rounds", disable=None):
             for *_, way, x, calls, turns in ready:
                 turns.append(_seconds(way, x, calls) / calls)
@@ -430,7 +263,7 @@ def _seconds(network: Callable[[Tensor], Any], x: Tensor, calls: int) -> float:
 # --- what the user sees -------------------------------------------------------------------------
 
 
-def _print_table(rows: Sequence[dict[str, Any]], machine: str) -> None:
+def _print_table(rows: Sequence[dict[str, Any]], where: str) -> None:
     lines = [["network", "scale", "input", "params M", "mult-adds G", "FLOPs G", "acts M", "conv",
               "peak MiB"]]  # fmt: skip
     timed = any("time_ms" in row for row in rows)
@@ -449,11 +282,11 @@ def _print_table(rows: Sequence[dict[str, Any]], machine: str) -> None:
             line += ["n/a"] * 3
         lines.append(line)
     if timed:
-        print(machine)
+        print(where)
     _print_columns(lines)
 
 
-def _print_backends(rows: Sequence[dict[str, Any]], names: Sequence[str], machine: str) -> None:
+def _print_backends(rows: Sequence[dict[str, Any]], names: Sequence[str], where: str) -> None:
     lines = [["network", "back end", "ms", "(min - max)", "to eager", "ratio"]]
     for name in ("eager", *names):
         for row in rows:
@@ -462,7 +295,7 @@ def _print_backends(rows: Sequence[dict[str, Any]], names: Sequence[str], machin
                 ratios = (row.get(f"{name}_{key}", math.nan) for key in ("to_eager", "ratio"))
                 line = [row["network"], name, f"{row[f'{name}_ms']:.2f}", spread]
                 lines.append([*line, *(f"{ratio:.2f}" for ratio in ratios)])
-    print(f"\n{machine}")
+    print(f"\n{where}")
     _print_columns(lines)
 
 
@@ -505,7 +338,7 @@ def _print_leaderboard(rows: Sequence[dict[str, Any]], args: argparse.Namespace)
     return faults
 
 
-def _write(args: argparse.Namespace, rows: Sequence[dict[str, Any]], machine: str) -> None:
+def _write(args: argparse.Namespace, rows: Sequence[dict[str, Any]], where: str) -> None:
     """Write --json and --csv.
 
     Raises:
@@ -513,9 +346,7 @@ def _write(args: argparse.Namespace, rows: Sequence[dict[str, Any]], machine: st
     """
     try:
         if args.json:
-            args.json.write_text(
-                json.dumps({"machine": machine, "networks": rows}, indent=2) + "\n"
-            )
+            args.json.write_text(json.dumps({"machine": where, "networks": rows}, indent=2) + "\n")
         if args.csv:
             flat = [{**row, **row.get("leaderboard", {})} for row in rows]
             keys = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from mlrn_arch import weights
+from mlrn_arch import networks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the list."""
-    known = [weights.info(name) for name in weights.names()]
+    known = [networks.info(name) for name in networks.names()]
     if args.json:
         print(json.dumps(known, indent=2))
         return
     for entry in known:
-        name = f"{weights.PREFIX}{entry['name'].removeprefix('MLRN_')}"
+        name = f"{networks.PREFIX}{entry['name'].removeprefix('MLRN_')}"
         print(f"{name:16} {entry['iterations']:,} iterations on {entry['data']}")
         for dataset, score in entry["scores"].items():
             line = f"{score['PSNR']:.2f} / {score['SSIM']:.4f}"

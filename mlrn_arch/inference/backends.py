@@ -1,16 +1,13 @@
-"""Ways to run a network quickly: MNN, OpenVINO, ONNX Runtime and PyTorch."""
+"""Ways to run a network quickly: OpenVINO, ONNX Runtime and PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
-import importlib.util
 import io
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -23,45 +20,27 @@ from torch import Tensor, nn
 from mlrn_arch.archs.esa import ESA
 from mlrn_arch.archs.tile import OnTile
 from mlrn_arch.errors import UserError, first_line
-from mlrn_arch.models.fast_sr_model import DTYPES
-from mlrn_arch.options import cpu_computes_in_bf16
+from mlrn_arch.machine import DTYPES, choose_device, computes_in_bf16, missing, need
 
 if TYPE_CHECKING:
     import onnx
 
-NAMES = ("mnn", "openvino", "onnxruntime", "torch")  # quickest first, as measured on CPUs
+# Quickest first, as measured on CPUs.
 PACKAGES = {
-    "mnn": ["MNN", "onnx", "onnxscript"],  # which it reads
     "openvino": ["openvino"],
     "onnxruntime": ["onnxruntime", "onnx", "onnxscript"],  # the last two export to it
     "torch": ["torch"],
 }
+NAMES = tuple(PACKAGES)
 # Smaller images run in PyTorch: it takes no time there, and ESA has a branch for them.
 MIN_SIZE = 32
-# Of a back end's output in fp32 to PyTorch's, over the larger of 1 and its peak. MNN's Winograd
-# convolutions and its GELU are coarser: it may differ by half a step of 8 bits.
+# Of a back end's output in fp32 to PyTorch's, over the larger of 1 and its peak.
 TOLERANCE = 1e-5
-MNN_TOLERANCE = 0.5 / 255
 
 
 def available() -> list[str]:
-    """The back ends that are installed here, quickest on this CPU first."""
-    # Only OpenVINO among them computes in bf16 where the CPU does.
-    order = sorted(NAMES, key="openvino".__ne__) if cpu_computes_in_bf16() else NAMES
-    return [name for name in order if not _missing(*PACKAGES[name])]
-
-
-def _missing(*packages: str) -> list[str]:
-    return [package for package in packages if not importlib.util.find_spec(package)]
-
-
-def need(what: str, *packages: str) -> None:
-    """Raise `UserError`, with the command that installs them, if one of `packages` is missing."""
-    if missing := _missing(*packages):
-        raise UserError(
-            f"{what} needs {' and '.join(missing)}, which this Python lacks; "
-            f"pip install {' '.join(missing)}"
-        )
+    """The back ends that are installed here, the quickest on CPUs first."""
+    return [name for name in NAMES if not missing(*PACKAGES[name])]
 
 
 # OpenVINO reports imports and conversions to its maker without asking, but not where CI is set.
@@ -101,7 +80,7 @@ def load(
         device: Where PyTorch computes; None is the GPU if there is one and `backend` is not one
             for the CPU.
         precision: `fp32`, `bf16`, `fp16`, or `auto`: fp16 on a GPU, on the CPU bf16 if it
-            computes in it and fp32 if it would only emulate it. MNN and ONNX Runtime have fp32.
+            computes in it and fp32 if it would only emulate it. ONNX Runtime has fp32 alone.
 
     Returns:
         A function: (n, c, h, w) in [0, 1] on any device -> (n, c, h * s, w * s), float32 on the
@@ -117,16 +96,11 @@ def load(
         raise UserError(f"no precision is named {precision!r}; there are auto, {', '.join(DTYPES)}")
     if backend is not None:
         need(f"the back end {backend}", *PACKAGES[backend])
-    if device is None:
-        gpu = backend in (None, "torch") and torch.cuda.is_available()
-        device = "cuda" if gpu else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("torch finds no GPU here; take the device cpu")
+    device = choose_device("cpu" if device is None and backend not in (None, "torch") else device)
     if backend not in (None, "torch") and device.type != "cpu":
         raise UserError(f"{backend} runs on the CPU here; take the back end torch for {device}")
     lower = precision not in ("auto", "fp32")
-    if backend in ("mnn", "onnxruntime") and lower:
+    if backend == "onnxruntime" and lower:
         raise UserError(f"{backend} computes in fp32; {precision} needs openvino or torch")
 
     network = copy.deepcopy(network).to(device, torch.float32).eval().requires_grad_(False)
@@ -135,10 +109,7 @@ def load(
         if name == "torch" or (name != "openvino" and lower):
             continue
         try:
-            if name == "openvino":
-                run = _openvino(network, precision)
-            else:
-                run = (_mnn if name == "mnn" else _onnxruntime)(network)
+            run = _openvino(network, precision) if name == "openvino" else _onnxruntime(network)
         except Exception as error:  # an exporter may fail in any way
             reason = f"{name} cannot run {type(network).__name__}: {first_line(error)}"
             if not fallback:
@@ -153,7 +124,7 @@ def _torch(network: nn.Module, device: torch.device, precision: str) -> Callable
     # No torch.compile: on two CPU cores compiling takes 20 s, and OpenVINO is quicker after it.
     if precision == "auto":
         lower = "bf16" if device.type == "cpu" else "fp16"
-        precision = lower if device.type != "cpu" or cpu_computes_in_bf16() else "fp32"
+        precision = lower if device.type != "cpu" or computes_in_bf16() else "fp32"
     # Autocast, for it leaves the bilinear branch and the sum with it in fp32: in bf16 they would
     # round the output to 8 bits.
     cast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
@@ -200,61 +171,14 @@ def _onnxruntime(network: nn.Module) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _mnn(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = os.path.join(folder, "net.onnx"), os.path.join(folder, "net.mnn")
-        with open(source, "wb") as file:
-            file.write(to_onnx(network).SerializeToString())
-        with _mute():
-            # Not MNN.tools, which would install a package and report to MNN's maker.
-            import _tools
-            import MNN
-
-            _tools.mnnconvert(
-                ["", "-f", "ONNX", "--modelFile", source, "--MNNModel", target, "--bizCode", "-"]
-            )
-            runtime = MNN.nn.create_runtime_manager(({"numThread": torch.get_num_threads()},))
-            module = MNN.nn.load_module_from_file(
-                target, ["input"], ["output"], runtime_manager=runtime
-            )
-
-    def run(x: Tensor) -> Tensor:
-        y = module.forward([MNN.expr.const(x.numpy(), list(x.shape), MNN.expr.NCHW)])[0]
-        return torch.from_numpy(y.read().copy()).view(y.shape)
-
-    _check(run, network, MNN_TOLERANCE)
-    return run
-
-
-@contextlib.contextmanager
-def _mute() -> Iterator[None]:
-    """Keep to itself what a library prints from C, where Python cannot redirect it."""
-    kept = os.dup(1), os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-            stream.flush()
-            os.dup2(null, number)
-        yield
-    finally:
-        with contextlib.suppress(OSError, TypeError):  # Windows has no such handle of itself
-            ctypes.CDLL(None).fflush(None)
-        for number, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, number)
-            os.close(old)
-        os.close(null)
-
-
-def _check(
-    run: Callable[[Tensor], Tensor], network: nn.Module, tolerance: float = TOLERANCE
-) -> None:
+def _check(run: Callable[[Tensor], Tensor], network: nn.Module) -> None:
     """Compare with PyTorch in fp32 at another size than the exporter saw."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         x = torch.rand(1, channels(network), 3 * MIN_SIZE, MIN_SIZE, generator=generator)
         y = network(x)
         difference = (run(x) - y).abs().max() / y.abs().max().clamp(min=1)
-    if difference > tolerance:
+    if difference > TOLERANCE:
         raise RuntimeError(f"its output differs from PyTorch's by {difference:.2g}")
 
 

@@ -1,8 +1,7 @@
-"""The pictures of `mlrn compare`."""
+"""The pictures of a comparison: trade-offs, and crops as in the paper's Figure 3."""
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -30,87 +29,40 @@ def draw_tradeoffs(
     """
     plt = _pyplot()
     scales = sorted({scale for _, scale, _ in points})
-    names = dict.fromkeys(name for name, _, _ in points)
-    colors = {name: f"C{index % 10}" for index, name in enumerate(names)}
+    names = list(dict.fromkeys(name for name, _, _ in points))
     figure, axes = plt.subplots(
         len(scales), 3, figsize=(13, 3.9 * len(scales)), squeeze=False, layout="constrained"
     )
+    marks: dict[str, Any] = {}
     for line, scale in zip(axes, scales, strict=True):
         here = [(n, v) for n, s, v in points if s == scale and v.get(metric) is not None]
         for axis, (key, (title, unit)) in zip(line, AXES.items(), strict=True):
-            placed = [(n, v[key] / unit, v[metric]) for n, v in here if v.get(key)]
-            flat = [(n, v[metric]) for n, v in here if not v.get(key)]
-            xs = [x for _, x, _ in placed]
+            xs = [v[key] / unit for _, v in here if v.get(key)]
             if xs and max(xs) > 8 * min(xs):
                 axis.set_xscale("log")
-            for name, x, y in placed:
-                own = name.startswith("MLRN")
-                axis.plot(x, y, "*" if own else "o", ms=13 if own else 7, color=colors[name])
-            for _, y in flat:
-                axis.axhline(y, color="grey", linestyle="--", linewidth=1)
+            for name, values in here:
+                index, y = names.index(name), values[metric]
+                color, own = f"C{index % 10}", name.startswith("MLRN")
+                if values.get(key):
+                    style = {"marker": "*" if own else "osD^v"[index // 10 % 5], "linestyle": ""}
+                    x = values[key] / unit
+                    (mark,) = axis.plot(x, y, color=color, ms=13 if own else 7, **style)
+                else:
+                    mark = axis.axhline(y, color=color, linestyle="--", linewidth=1)
+                marks.setdefault(name, mark)
             axis.margins(0.2)
             axis.set_xlabel(title)
             axis.set_ylabel(f"{metric} (dB), x{scale}")
             axis.xaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3, which="both")
+    labels = [textwrap.fill(name, 32) for name in marks]
+    figure.legend(marks.values(), labels, loc="outside right center", frameon=False)
     figure.suptitle(f"Time on {machine}", fontsize=9, color="grey")
-    figure.canvas.draw()  # fixes the panels, so that labels can be placed in pixels
-    for line, scale in zip(axes, scales, strict=True):
-        here = [(n, v) for n, s, v in points if s == scale and v.get(metric) is not None]
-        for axis, (key, (_, unit)) in zip(line, AXES.items(), strict=True):
-            places = [(n, v[key] / unit if v.get(key) else None, v[metric]) for n, v in here]
-            _label(axis, places, colors)
     paths = [folder / "tradeoffs.png", folder / "tradeoffs.svg"]
     for path in paths:
         figure.savefig(path, dpi=150)
     plt.close(figure)
     return paths
-
-
-def _label(axis: Any, points: list[tuple[str, float | None, float]], colors: dict) -> None:
-    """Write each name at the nearest place where it covers no point and no other name."""
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-
-    renderer = axis.figure.canvas.get_renderer()
-    taken = []
-    for _, x, y in points:
-        if x is not None:
-            left, bottom = axis.transData.transform((x, y))
-            taken.append(Bbox.from_bounds(left - 7, bottom - 7, 14, 14))
-    for name, x, y in points:
-        lines = textwrap.fill(name, 32)
-        anchor = (axis.get_xlim()[0], y) if x is None else (x, y)
-        for distance, (right, up) in itertools.product(
-            (9, 18, 30, 44, 60),
-            ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)),
-        ):
-            if x is None and (right, up) not in ((1, 1), (1, -1)):
-                continue
-            text = axis.annotate(
-                lines,
-                anchor,
-                xytext=(right * distance, up * distance * (0.5 if x is None else 1)),
-                textcoords="offset points",
-                fontsize=9,
-                color="grey" if x is None else colors[name],
-                ha=("right", "center", "left")[right + 1],
-                va="center",
-                arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.6, "shrinkB": 0}
-                if distance > 9
-                else None,
-            )
-            text.update_positions(renderer)
-            box = Text.get_window_extent(text, renderer)  # without its line
-            inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1
-            inside &= axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-            text.remove()
-        else:
-            text = axis.annotate(lines, anchor, fontsize=9, in_layout=False)
-            box = text.get_window_extent(renderer)
-        taken.append(box)
 
 
 def draw_crops(

@@ -1,0 +1,147 @@
+"""A checkpoint of any form as a state dict, and of which network it is; no code in it is run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.machine import need
+
+SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
+StateDict = dict[str, torch.Tensor]
+
+
+def read(path: str) -> dict[str, Any]:
+    """Load a checkpoint onto the CPU as it is.
+
+    Args:
+        path: A file that `torch.save` wrote, or one of safetensors by its ending.
+
+    Raises:
+        UserError: No such file, or it is no checkpoint.
+    """
+    file = os.path.expanduser(path)
+    safe = file.endswith(".safetensors")
+    if safe:
+        need(f"reading {path}", "safetensors")
+    try:
+        checkpoint = _read_safetensors(file) if safe else torch.load(file, "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no such file {path}") from None
+    except Exception as error:  # torn, foreign or unsafe: torch tells them in many ways
+        # What unpickling found comes after advice to load the file unsafely.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        reason = (reason or first_line(error)).splitlines()[0].split(". ")[0]
+        kind = "safetensors file" if safe else "PyTorch checkpoint"
+        raise UserError(f"{path} is no whole {kind} ({reason})") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds no state dict; give a checkpoint of the network")
+    return checkpoint
+
+
+def _read_safetensors(file: str) -> StateDict:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        noted = (opened.metadata() or {}).get("network_g")
+    return note(state, json.loads(noted)) if noted else state
+
+
+def state_dict(checkpoint: dict[str, Any], key: str | None = None) -> StateDict:
+    """The weights in a checkpoint: EMA weights if it has them, `module.` off.
+
+    Args:
+        checkpoint: `{"params": ..., "params_ema": ...}` as BasicSR saves it, a bare state dict, or
+            a state dict under any one key (`state_dict`, `model`, ...).
+        key: Which of them is wanted; another is taken where that is not there, as in BasicSR.
+
+    Raises:
+        UserError: It holds no state dict, or several and none of these names.
+    """
+    kinds = [key or "params_ema", "params", "params_ema"]
+    found = [checkpoint[kind] for kind in kinds if kind in checkpoint][:1]
+    if not found and _is_state(checkpoint):
+        found = [checkpoint]
+    if not found:
+        inner = {name: state for name, state in checkpoint.items() if _is_state(state)}
+        if len(inner) > 1:
+            raise UserError(
+                f"it holds the weights {', '.join(map(str, inner))}; choose by path:param_key_g"
+            )
+        found = list(inner.values())
+    if not found or not _is_state(found[0]):
+        raise UserError("it holds no state dict; give a checkpoint of the network")
+    state = found[0]
+    if not any(name.startswith("module.") for name in state):
+        return state
+    bare = OrderedDict((name.removeprefix("module."), value) for name, value in state.items())
+    bare._metadata = getattr(state, "_metadata", {})
+    return bare
+
+
+def _is_state(value: Any) -> bool:
+    tensors = isinstance(value, dict) and [isinstance(v, torch.Tensor) for v in value.values()]
+    return bool(tensors) and all(tensors)
+
+
+def note(state: StateDict, network_g: dict[str, Any]) -> OrderedDict:
+    """Note in a state dict which network it is of, where every loader passes it on.
+
+    PyTorch keeps the versions of modules in a state dict's `_metadata`; what is beside them there
+    is saved and loaded with it and concerns no strict loading.
+    """
+    noted = OrderedDict(state)
+    noted._metadata = {"": {"version": 1, "network_g": dict(network_g)}}
+    return noted
+
+
+def deduce(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Find out which network a checkpoint is of.
+
+    One that `mlrn export` wrote says it. Any other must be MLRN's: what its shapes tell is taken
+    from them. Of what they do not tell, `act` and `bilinear` are the defaults, and `img_range` is
+    255 for the challenge's form (50 features, 4 blocks) and 1 for all others.
+
+    Args:
+        checkpoint: As `state_dict` takes it.
+
+    Returns:
+        A section `network_g`: `type`, and the arguments of the network.
+
+    Raises:
+        ValueError: It says nothing and is not MLRN's.
+    """
+    state = state_dict(checkpoint)
+    if noted := getattr(state, "_metadata", {}).get("", {}).get("network_g"):
+        return dict(noted)
+    try:
+        num_feat, num_in_ch = state["conv_first.weight"].shape[:2]
+        esa_feat = len(state["body.0.esa.conv_f.weight"])
+        out = len(state["upsampler.0.weight"])
+    except KeyError as error:
+        raise ValueError(f"these are no weights of MLRN: {error}") from None
+    num_block = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
+    # The output has num_out_ch * upscale**2 channels; as many colours as come in, if that fits.
+    num_out_ch = next((c for c in (num_in_ch, 3, 1) if math.isqrt(out // c) ** 2 * c == out), out)
+    mixer = "convmix" if "body.0.mixer.depthwise.weight" in state else "pointwise"
+    if "body.0.mixer.pointwise.weight" not in state:
+        mixer = "none"
+    return {
+        "type": "MLRN",
+        "num_in_ch": num_in_ch,
+        "num_out_ch": num_out_ch,
+        "num_feat": num_feat,
+        "num_block": num_block,
+        "upscale": math.isqrt(out // num_out_ch),
+        "esa_feat": esa_feat,
+        "img_range": 255.0 if (num_feat, num_block) == (50, 4) else 1.0,
+        "mixer": mixer,
+        "bilinear": num_in_ch == num_out_ch,
+    }

@@ -1,0 +1,300 @@
+"""What may stand in an option file, and what is wrong with one."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from basicsr.data.data_util import (
+    paired_paths_from_folder,
+    paired_paths_from_lmdb,
+    paired_paths_from_meta_info_file,
+)
+from basicsr.data.paired_image_dataset import PairedImageDataset
+from basicsr.utils.registry import (
+    DATASET_REGISTRY,
+    LOSS_REGISTRY,
+    METRIC_REGISTRY,
+    MODEL_REGISTRY,
+)
+
+from mlrn_arch import models, networks  # noqa: F401 (models registers what it holds)
+from mlrn_arch.compat import newest_states
+from mlrn_arch.errors import UserError
+from mlrn_arch.machine import DTYPES
+from mlrn_arch.models.distill_model import load_teacher, misfit
+from mlrn_arch.models.fast_sr_model import FastSRModel, inherit_weights
+from mlrn_arch.networks import Options, check_call, is_number, unknown
+
+REQUIRED = ("name", "model_type", "num_gpu", "datasets", "network_g")
+REQUIRED_TRAIN = (
+    "datasets:train",
+    "logger:print_freq",
+    "logger:save_checkpoint_freq",
+    "train:total_iter",
+    "train:optim_g:type",
+    "train:optim_g:lr",
+    "train:scheduler:type",
+)
+REQUIRED_PAIRED = ("name", "dataroot_gt", "dataroot_lq", "io_backend:type")
+REQUIRED_PAIRED_TRAIN = (
+    "gt_size",
+    "use_hflip",
+    "use_rot",
+    "num_worker_per_gpu",
+    "batch_size_per_gpu",
+)
+BACKENDS = ("disk", "lmdb", "memcached")
+OPTIMIZERS = (("Adam",), ("Adam", "Muon"))  # of BasicSR's models, of FastSRModel
+SCHEDULERS = ("MultiStepLR", "MultiStepRestartLR", "CosineAnnealingRestartLR")
+
+
+def missing_keys(opt: Options, keys: Sequence[str]) -> Iterator[str]:
+    """The keys (`section:key`) that options do not have or have empty."""
+    for key in keys:
+        value: Any = opt
+        for name in key.split(":"):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is None:
+            yield key
+
+
+def check(opt: Options) -> Iterator[str]:
+    """Find the faults of complete options; yields a sentence for each: where, what, what to do."""
+    for key in _numbers_as_text(opt):
+        yield key
+    if opt["model_type"] not in MODEL_REGISTRY:
+        yield f"model_type: {unknown(opt['model_type'], MODEL_REGISTRY.keys())}"
+    resuming = opt["is_train"] and (
+        opt["path"].get("resume_state")
+        or (opt["auto_resume"] and newest_states(opt["path"]["training_states"]))
+    )
+    for key in [key for key in opt if key.startswith("network_")]:
+        if key != "network_t":
+            yield from _check_network(opt, key, ignore_checkpoint=bool(resuming))
+    if opt["is_train"]:
+        yield from _check_inherited(opt)
+        if opt["model_type"] == "DistillModel":
+            yield from _check_teacher(opt)
+
+    if not opt["datasets"]:
+        yield "datasets: is empty"
+    for key, dataset in opt["datasets"].items():
+        where = f"datasets:{key}"
+        if not isinstance(dataset, dict):
+            yield f"{where}: is no section of `key: value` lines"
+        elif dataset["phase"] not in (("train", "val") if opt["is_train"] else ("val", "test")):
+            yield f"{where}: BasicSR knows datasets by the names train, val and test (test_1, ...)"
+        elif (kind := dataset.get("type")) not in DATASET_REGISTRY:
+            yield f"{where}:type: {unknown(kind, DATASET_REGISTRY.keys())}"
+        elif issubclass(DATASET_REGISTRY.get(kind), PairedImageDataset):
+            yield from _check_paired(where, dataset)
+
+    val = opt.get("val")
+    if val is not None:
+        if opt["is_train"] and val.get("val_freq") is None:
+            yield "val:val_freq: is missing (iterations between validations)"
+        for name, metric in (val.get("metrics") or {}).items():
+            known = {"img": None, "img2": None, "better": None}
+            yield from check_call(f"val:metrics:{name}", METRIC_REGISTRY, metric, known)
+    if opt["is_train"]:
+        yield from _check_train(opt["train"], opt["model_type"])
+        if (
+            opt["model_type"] == "SRModel"
+            and opt["datasets"]["train"].get("type") == "FastPairedImageDataset"
+        ):
+            yield (
+                "datasets:train:type: FastPairedImageDataset gives bytes, which SRModel cannot "
+                "take; set it to PairedImageDataset, or model_type to FastSRModel"
+            )
+    if opt["model_type"] in ("FastSRModel", "DistillModel"):
+        for section in ("train", "val"):
+            precision = (opt.get(section) or {}).get("precision", "fp32")
+            if precision not in DTYPES:
+                yield f"{section}:precision: {unknown(precision, DTYPES)}"
+        metrics, best = (val or {}).get("metrics") or {}, (val or {}).get("save_best")
+        if best is not None and best not in metrics:
+            yield f"val:save_best: {unknown(best, metrics)}; it must be one of val:metrics"
+
+
+def _check_inherited(opt: Options) -> Iterator[str]:
+    path = opt["train"].get("inherit_network_g")
+    if path is None:
+        return
+    where = "train:inherit_network_g"
+    if opt["path"].get("pretrain_network_g"):
+        yield f"{where}: and pretrain_network_g both say where the network starts; give one"
+    if not issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel):
+        yield f"{where}: is FastSRModel's; set model_type to it"
+    with contextlib.suppress(UserError):  # told of the network itself
+        network, _ = networks.build(opt["network_g"])
+        try:
+            inherit_weights(network, path)
+        except UserError as error:
+            yield f"{where}: {error}"
+
+
+def _check_teacher(opt: Options) -> Iterator[str]:
+    distill = opt["train"].get("distill_opt")
+    if not opt["path"].get("pretrain_network_t"):
+        yield "path:pretrain_network_t: is missing; an untrained teacher teaches nothing"
+    elif not isinstance(distill, dict):
+        yield "train:distill_opt: is missing; write distill_opt: {stage: blocks}"
+    else:
+        try:
+            teacher = load_teacher(opt)
+        except UserError as error:
+            yield f"path:pretrain_network_t: {error}"
+            return
+        with contextlib.suppress(UserError):  # told of the network itself
+            student, _ = networks.build(opt["network_g"])
+            if fault := misfit(student, teacher, distill):
+                yield f"train:distill_opt:{fault}"
+        if opt["train"].get("compile") and distill.get("stage") != "output":
+            yield "train:compile: only with stage: output; blocks are watched as they run"
+
+
+def _check_train(train: Options, model_type: str) -> Iterator[str]:
+    optimizers = OPTIMIZERS[model_type in ("FastSRModel", "DistillModel")]
+    if train["optim_g"]["type"] not in optimizers:
+        yield f"train:optim_g:type: {unknown(train['optim_g']['type'], optimizers)}"
+    if train["scheduler"]["type"] not in SCHEDULERS:
+        yield f"train:scheduler:type: {unknown(train['scheduler']['type'], SCHEDULERS)}"
+    losses = {
+        k: v
+        for k, v in train.items()
+        if k.endswith("_opt") and k != "distill_opt" and v is not None
+    }
+    if not losses:
+        yield "train: has no loss; give it one, such as pixel_opt: {type: L1Loss}"
+    for key, loss in losses.items():
+        faults = list(check_call(f"train:{key}", LOSS_REGISTRY, loss))
+        yield from faults
+        if not faults and loss["type"] != "PerceptualLoss":  # which fetches the weights of VGG
+            try:
+                networks.make(f"train:{key}", LOSS_REGISTRY, loss)
+            except UserError as error:
+                yield str(error)
+
+
+def _numbers_as_text(opt: Any, where: str = "") -> Iterator[str]:
+    """YAML 1.1 takes `5e-4` for text; the optimizer would find out in a traceback."""
+    if isinstance(opt, dict):
+        for key, value in opt.items():
+            yield from _numbers_as_text(value, f"{where}:{key}" if where else str(key))
+    elif isinstance(opt, list):
+        for value in opt:
+            yield from _numbers_as_text(value, where)
+    elif isinstance(opt, str) and is_number(opt) and not where.endswith("name"):
+        yield f"{where}: {opt} is text to YAML; write {float(opt)!r} or !!float {opt}"
+
+
+def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[str]:
+    try:
+        network, values = networks.build(opt[key], key)
+    except UserError as error:
+        yield str(error)
+        return
+    upscale = values.get("upscale")
+    if upscale is not None and "scale" in opt and upscale != opt["scale"]:
+        yield f"{key}:upscale: is {upscale} but scale is {opt['scale']}; make them equal"
+
+    path, paths = opt["path"].get(f"pretrain_{key}"), opt["path"]
+    if path is None or ignore_checkpoint:
+        return
+    which = key.split("_", 1)[1]
+    how = paths.get(f"param_key_{which}", "params"), paths.get(f"strict_load_{which}", True)
+    try:
+        _, fault = networks.fitting(path, networks.read_checkpoint(path), network, *how)
+    except UserError as error:
+        fault = str(error)
+    if fault:
+        yield f"path:pretrain_{key}: {fault}"
+
+
+def _check_paired(where: str, dataset: Options) -> Iterator[str]:
+    """Check a `PairedImageDataset` or a kind of it: keys, folders or LMDBs, patch size."""
+    training = dataset["phase"] == "train"
+    missing = list(missing_keys(dataset, REQUIRED_PAIRED + REQUIRED_PAIRED_TRAIN * training))
+    if "scale" not in dataset:
+        yield f"scale: is missing, {where} needs it"
+    if missing:
+        yield from (f"{where}:{key}: is missing" for key in missing)
+        return
+    backend = dataset["io_backend"]["type"]
+    if backend not in BACKENDS:
+        yield f"{where}:io_backend:type: {unknown(backend, BACKENDS)}"
+        return
+    faults = [
+        f"{where}:{key}: {fault}"
+        for key in ("dataroot_gt", "dataroot_lq")
+        if (fault := _root_fault(dataset[key], backend))
+    ]
+    yield from faults
+    scale, gt_size = dataset.get("scale"), dataset.get("gt_size")
+    if training and scale and gt_size % scale:
+        yield f"{where}:gt_size: {gt_size} is not a multiple of the scale {scale}"
+    candidates = dataset.get("hardest_of", 1)
+    if not isinstance(candidates, int) or candidates < 1:
+        yield f"{where}:hardest_of: {candidates!r} is no number of crops to choose from, 1 or more"
+    elif candidates > 1 and dataset["type"] != "FastPairedImageDataset":
+        yield f"{where}:hardest_of: only FastPairedImageDataset chooses; set type to it"
+    elif candidates > 1 and (
+        dataset.get("color") == "y" or dataset.get("mean") or dataset.get("std")
+    ):
+        yield f"{where}:hardest_of: chooses in RGB only, without color, mean and std; leave it out"
+    if faults:
+        return
+
+    roots, keys = [dataset["dataroot_lq"], dataset["dataroot_gt"]], ["lq", "gt"]
+    template = dataset.get("filename_tmpl", "{}")
+    find: Callable[[], list]
+    if backend == "lmdb":
+        find = lambda: paired_paths_from_lmdb(roots, keys)  # noqa: E731
+    elif dataset.get("meta_info_file"):
+        meta_info = dataset["meta_info_file"]
+        find = lambda: paired_paths_from_meta_info_file(roots, keys, meta_info, template)  # noqa: E731
+    else:
+        find = lambda: paired_paths_from_folder(roots, keys, template)  # noqa: E731
+    try:
+        pairs = find()
+    except (AssertionError, ValueError, OSError) as error:
+        yield f"{where}: lq and gt are no pairs: {error}"
+        return
+    if not training:
+        return
+    samples = len(pairs) * dataset.get("dataset_enlarge_ratio", 1)
+    if samples < dataset["batch_size_per_gpu"]:
+        yield (
+            f"{where}: {len(pairs)} images are less than one batch of "
+            f"{dataset['batch_size_per_gpu']}; raise dataset_enlarge_ratio"
+        )
+    if backend == "lmdb":
+        meta_info = Path(dataset["dataroot_gt"], "meta_info.txt").read_text()
+        sizes = [min(int(h), int(w)) for h, w in re.findall(r"\((\d+),(\d+),\d+\)", meta_info)]
+        if sizes and min(sizes) < gt_size:
+            yield f"{where}:gt_size: {gt_size} is larger than the smallest image ({min(sizes)})"
+
+
+def _root_fault(root: str, backend: str) -> str | None:
+    """What is wrong with a data root, or None."""
+    path = Path(root)
+    if not path.is_dir():
+        return f"no such folder {root}; `mlrn prepare` makes it (see datasets/README.md)"
+    is_lmdb = (path / "data.mdb").exists()
+    if backend == "disk" and is_lmdb:
+        return f"{root} is an LMDB; set io_backend:type to lmdb"
+    if backend == "lmdb" and not is_lmdb:
+        if any(path.iterdir()):
+            return f"{root} is a plain folder, no LMDB; set io_backend:type to disk"
+        return f"{root} is empty"
+    if backend == "lmdb" and path.suffix != ".lmdb":
+        return f"{root} must have a name that ends in .lmdb for BasicSR"
+    if backend == "lmdb" and not (path / "meta_info.txt").exists():
+        return f"{root} has no meta_info.txt; prepare it again, it was not finished"
+    if backend == "disk" and not any(path.iterdir()):
+        return f"{root} is empty"
+    return None

@@ -1,0 +1,146 @@
+"""What one forward pass of a network costs, counted on torch's meta device, which computes nothing.
+
+parameters   of the network
+mult-adds    multiplications of convolutions (grouped, transposed and deformable ones as well),
+             linear layers, matrix products and attention, each with its addition; biases, other
+             products and additions, activations, pooling and interpolation are not counted
+FLOPs        as the NTIRE challenge counts: mult-adds, plus 1 for every output element of ReLU,
+             LeakyReLU, PReLU, ELU and ReLU6, plus 2 for those of BatchNorm2d (1 if not affine);
+             where its counter errs, in transposed convolutions and in linear layers on more than
+             two dimensions, this one does not
+acts         output elements of all convolutions
+conv         calls of a convolution
+peak MiB     weights, input and the most that one forward pass holds beside them: the tensors alive
+             at once, by following the pass; what a kernel needs inside is not in it
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mlrn_arch.errors import UserError, first_line
+
+RELU_LIKE = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.ReLU6)
+DEFORMABLE = torch.ops.torchvision.deform_conv2d
+CONVOLUTIONS = (torch.ops.aten.convolution.default, DEFORMABLE.default)
+
+
+class _Tally(TorchDispatchMode):
+    """Sees every operator of a forward pass: counts convolutions, follows the bytes alive."""
+
+    def __init__(self, kept: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.activations = self.convolutions = self.alive = self.peak = 0
+        self._storages = WeakIdKeyDictionary()
+        for tensor in kept:
+            self._keep(tensor)
+
+    def _keep(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()  # views and in-place results share one
+        if storage not in self._storages:
+            self._storages[storage] = True
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._drop, storage.nbytes())
+
+    def _drop(self, size: int) -> None:
+        self.alive -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._keep(tensor)
+        if func in CONVOLUTIONS:
+            self.activations += result.numel()
+            self.convolutions += 1
+        return result
+
+
+def _deformable(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape=None, **__: Any) -> int:
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+def count(
+    network: nn.Module,
+    shape: Sequence[int],
+    upscale: int,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Count what one forward pass costs; nothing is computed unless the network insists.
+
+    Args:
+        network: In evaluation mode; is left as it was.
+        shape: The input, (n, c, h, w) or, for video, (n, t, c, h, w).
+        upscale: Output size over input size.
+        dtype: Of weights and input, for the bytes.
+
+    Returns:
+        `parameters`, `mult_adds`, `flops` (as the NTIRE challenge counts), `activations`,
+        `convolutions` and `peak_bytes`, as the module's docstring explains them.
+
+    Raises:
+        UserError: The network cannot take this input, or does not return `upscale` times its size.
+    """
+    try:
+        return _count_on("meta", network, shape, upscale, dtype)
+    except UserError:
+        raise
+    except Exception:  # some networks look at values, which the meta device has not
+        try:
+            return _count_on("cpu", network, shape, upscale, dtype)
+        except UserError:
+            raise
+        except Exception as error:  # each network fails in its own way
+            taken = " x ".join(map(str, shape))
+            raise UserError(f"cannot take an input of {taken}: {first_line(error)}") from None
+
+
+def _count_on(
+    device: str, network: nn.Module, shape: Sequence[int], upscale: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    network = copy.deepcopy(network).to(device, dtype)
+    extra = 0
+
+    def add_extra(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        nonlocal extra
+        twice = isinstance(module, nn.BatchNorm2d) and module.affine
+        extra += output.numel() * (2 if twice else 1)
+
+    for module in network.modules():
+        if isinstance(module, (*RELU_LIKE, nn.BatchNorm2d)):
+            module.register_forward_hook(add_extra)
+    x = torch.zeros(shape, device=device, dtype=dtype)
+    tally = _Tally([*network.parameters(), *network.buffers(), x])
+    flops = FlopCounterMode(display=False, custom_mapping={DEFORMABLE: _deformable})
+    # Not inference_mode: under it composite operators reach the tally in one piece.
+    with torch.no_grad(), flops, tally:
+        y = network(x)
+    size = tuple(getattr(y, "shape", ()))
+    wanted = (shape[-2] * upscale, shape[-1] * upscale)
+    if size[-2:] != wanted:
+        given = f"{size[-1]}x{size[-2]}" if len(size) > 2 else "no image"
+        raise UserError(
+            f"returns {given} where x{upscale} of {shape[-1]}x{shape[-2]} would be "
+            f"{wanted[1]}x{wanted[0]}; if it has another scale, give it with --upscale"
+        )
+    mult_adds = flops.get_total_flops() // 2
+    return {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "mult_adds": mult_adds,
+        "flops": mult_adds + extra,
+        "activations": tally.activations,
+        "convolutions": tally.convolutions,
+        "peak_bytes": tally.peak,
+    }

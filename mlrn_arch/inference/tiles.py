@@ -1,0 +1,58 @@
+"""Where an image is cut into overlapping tiles, and how their outputs are put together."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mlrn_arch.archs.tile import STRIDE
+from mlrn_arch.machine import free_memory
+
+OVERLAP = 64  # input pixels that neighbouring tiles share; figures in README
+LARGEST, SMALLEST = 1024, 192  # pixels a side
+
+
+def cut(side: int, tile: int) -> tuple[list[int], int]:
+    """Where tiles start along a side, and their length there: all alike, no longer than needed.
+
+    The distance from either border of the image is a multiple of ESA's stride.
+    """
+    if side <= tile:
+        return [0], side
+    number, length = 1, side
+    while length > tile:
+        number += 1
+        length = math.ceil((side + (number - 1) * OVERLAP) / number)
+        length += (side - length) % STRIDE
+    strides = (side - length) // STRIDE
+    return [round(i * strides / (number - 1)) * STRIDE for i in range(number)], length
+
+
+def ramp(size: int, like: Tensor) -> Tensor:
+    """From 0 to 1 over the middle half: a network sees least at the rim of a tile."""
+    return ((torch.arange(size, device=like.device) + 0.5) / size * 2 - 0.5).clamp_(0, 1)
+
+
+def choose(
+    shape: tuple[int, int, int], scale: int, item: int, pixel: float, device: torch.device
+) -> int:
+    """The longest side of a tile that needs no more than half of what the output leaves.
+
+    Args:
+        shape: (h, w, c) of the image.
+        scale: Output size over input size.
+        item: Bytes of a value of the output.
+        pixel: Bytes that a network needs for an input pixel.
+        device: Where it runs.
+    """
+    height, width, channels = shape
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if device.type == "cpu":
+        free -= height * width * scale**2 * max(4, channels * item)
+    row = 6 * width * channels * scale**2  # float32, and a half more to round them
+    side = LARGEST
+    while side > SMALLEST and 2 * (side * side * pixel + side * row) > free:
+        side -= 32
+    return side

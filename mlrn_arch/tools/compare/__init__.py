@@ -1,0 +1,200 @@
+"""Score networks on test sets and print the paper's Table 1; or draw its Figure 3.
+
+PSNR and SSIM come out of the same BasicSR run as those of `mlrn test`. What is finished is kept
+below the output folder: interrupted, or with further networks, the same command goes on. Networks
+of several scales may stand in one table. Networks of the Y channel need an option file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from basicsr.archs import build_network
+from basicsr.data import build_dataset
+from basicsr.metrics import calculate_metric
+from basicsr.models import build_model
+from basicsr.utils import bgr2ycbcr, tensor2img
+from basicsr.utils.color_util import ycbcr2bgr
+from torch.utils.data import default_collate
+
+from mlrn_arch import machine, networks, options
+from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.options import Options
+from mlrn_arch.tools.compare import pictures, scoring, tables
+from mlrn_arch.tools.compare.scoring import METRICS, Row
+from mlrn_arch.tools.compare.tables import text_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `mlrn compare` on `parser`."""
+    add = parser.add_argument
+    add("networks", nargs="+", metavar="NETWORK", help="with weights; see below")
+    add("--output", type=Path, default=Path("comparison"), help="folder (default: %(default)s)")
+    add("--paper", action="store_true", help="show Table 1's figures and the differences from them")
+    add("--set", metavar="NAME", help="test set of the picture (default: the first)")
+    add("--visual", metavar="IMAGE", help="draw the crops of this test image, such as Set14/ppt3")
+    add("--crop", type=int, nargs=4, metavar=("X", "Y", "W", "H"), help="crop in the HR image")
+    add(
+        "--force_yml",
+        nargs="+",
+        default=[],
+        metavar="KEY:KEY=VALUE",
+        help="as for `mlrn test`, for all networks; path:param_key_g=params_ema scores EMA weights",
+    )
+    parser.epilog = f"""example:
+  mlrn compare x4 options/test_MLRN_x4.yml:net.pth EDSR:num_in_ch=3,num_out_ch=3:EDSR_x4.pth Bicubic
+  mlrn compare --visual Set14/ppt3 --crop 60 400 96 64 x4 Bicubic
+
+{networks.FORMS}
+
+{options.BY_NAME}"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the table and its picture, or the crops; returns 0, or 1 if a part is missing.
+
+    Raises:
+        UserError: Nothing could be made; all that was wrong is in the message.
+    """
+    if (args.visual is None) != (args.crop is None):
+        raise UserError("--visual IMAGE and --crop X Y W H belong together")
+    torch.backends.cudnn.benchmark = True  # as the pipeline
+    problems: list[str] = []
+    rows = [row for text in args.networks if (row := _read(text, args.force_yml, problems))]
+    _set_labels(rows)
+    made = rows and (_visual if args.visual else _table)(rows, args, problems)
+    if not made:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise UserError(f"nothing could be compared:{listed}")
+    for problem in problems:
+        print(f"mlrn compare: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _read(text: str, forced: list[str], problems: list[str]) -> Row | None:
+    """Read a network's options as `mlrn test` does; a faulty data set is told and left out."""
+    network, forced = networks.split(text)[0], list(forced)
+    for attempt in range(2):
+        try:
+            opt, _, notes = options.read("test", [text, *(["--force_yml", *forced] * bool(forced))])
+            break
+        except UserError as error:
+            faults = [line[4:] for line in str(error).splitlines() if line.startswith("  - ")]
+            sets = {m[1] for fault in faults if (m := re.match(r"datasets:([^: ]+)", fault))}
+            if attempt == 0:
+                problems.extend(f"{network}: {fault}" for fault in faults or [str(error)])
+            if not sets or not all(fault.startswith("datasets:") for fault in faults):
+                return None
+            forced += [f"datasets:{key}=none" for key in sets]
+    else:
+        return None
+    for note in notes:
+        if note.startswith("Skipping"):
+            print(f"mlrn compare: {network}: {note}", file=sys.stderr)
+    opt["val"]["pbar"] = False
+    parameters = sum(p.numel() for p in build_network(opt["network_g"]).parameters())
+    path = opt["path"].get("pretrain_network_g")
+    weights = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+    return Row(text, opt, parameters, weights)
+
+
+def _set_labels(rows: list[Row]) -> None:
+    """Name the rows; those that would be named alike by what tells them apart too."""
+    for row in rows:
+        key, own = (row.name, row.opt["scale"]), row.opt["network_g"]
+        alike = [r for r in rows if (r.name, r.opt["scale"]) == key]
+        others = [r.opt["network_g"] for r in alike]
+        arguments = [f"{k}={v}" for k, v in own.items() if any(o.get(k) != v for o in others)]
+        row.label = f"{row.name}:{','.join(arguments)}".removesuffix(":")
+        twins = [r for r in alike if r.opt["network_g"] == own]
+        stems = [Path(r.opt["path"].get("pretrain_network_g") or "-").stem for r in twins]
+        stem = Path(row.opt["path"].get("pretrain_network_g") or "-").stem
+        if len(twins) > 1:
+            row.label += f" ({stem if stems.count(stem) == 1 else row.argument})"
+
+
+def _table(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> bool:
+    """Score the networks, print and write the table and its picture; False if there is nothing."""
+    names = dict.fromkeys(name for row in rows for name in row.sets)
+    if args.set not in (None, *names):
+        raise UserError(f"--set {args.set}: no such test set; known are {', '.join(names)}")
+    where = machine.name_of(torch.device("cuda" if rows[0].opt["num_gpu"] > 0 else "cpu"))
+    if not scoring.fill(rows, args.output / "cells", where, problems):
+        return False
+    columns = tables.write(rows, args.output, where, args.paper)
+    metric = f"{args.set or columns[len(tables.HEADS)][: -len(' PSNR')]} PSNR"
+    rows = sorted(rows, key=lambda row: row.opt["scale"])
+    points = [(row.label, row.opt["scale"], row.values) for row in rows]
+    print("Picture:", *pictures.draw_tradeoffs(points, metric, where, args.output))
+    return True
+
+
+def _visual(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> bool:
+    """Draw one crop by every network, with the scores of the whole image; False if by none."""
+    x, y, width, height = args.crop
+    scale, original, crops, title = rows[0].opt["scale"], None, [], ""
+    for row in rows:
+        try:
+            if row.opt["scale"] != scale:
+                raise UserError(f"is x{row.opt['scale']}, the first network x{scale}")
+            opt, index = _find(row, args.visual)
+            lq, gt = (
+                tensor2img(build_dataset({**opt, "color": None})[index][key])
+                for key in ("lq", "gt")
+            )
+            if (
+                min(x, y) < 0
+                or min(width, height) < 1
+                or x + width > gt.shape[1]
+                or y + height > gt.shape[0]
+            ):
+                raise UserError(
+                    f"the crop {x} {y} {width} {height} reaches out of the image, which is "
+                    f"{gt.shape[1]}x{gt.shape[0]}"
+                )
+            model = build_model(row.opt)
+            model.feed_data(default_collate([build_dataset(opt)[index]]))
+            model.test()
+            visuals = model.get_current_visuals()
+            images = {"img": tensor2img(visuals["result"]), "img2": tensor2img(visuals["gt"])}
+            metrics = (row.opt["val"].get("metrics") or {}).values()
+            scores = {m["type"]: calculate_metric(images, m) for m in metrics}
+            image = images["img"]
+            if image.ndim == 2:  # a network of the Y channel: the colours are the input's
+                chroma = cv2.resize(bgr2ycbcr(lq), image.shape[::-1], interpolation=cv2.INTER_CUBIC)
+                image = ycbcr2bgr(np.dstack([image, chroma[..., 1:]]))
+        except Exception as error:  # a network may fail on an image in any way
+            problems.append(f"{row.label} x{row.opt['scale']}, {args.visual}: {first_line(error)}")
+            continue
+        values = [text_of(c, scores[t]) for c, t in METRICS.items() if t in scores]
+        crops.append((row.label, " / ".join(values), image[y : y + height, x : x + width]))
+        original = gt
+        title = Path(build_dataset(opt).paths[index]["gt_path"]).stem
+        title = f"{title} ({opt['name']}), x{scale}"
+    if not crops:
+        return False
+    crops.append(("HR", "PSNR / SSIM", original[y : y + height, x : x + width]))
+    stem = re.sub(r"\W+", "_", title).strip("_")
+    path = args.output / f"visual_{stem}_{x}_{y}_{width}_{height}.png"
+    pictures.draw_crops(original, title, (x, y, width, height), crops, path)
+    for label, score, _ in crops[:-1]:
+        print(f"{label:28}{score}")
+    print("Picture:", path)
+    return True
+
+
+def _find(row: Row, image: str) -> tuple[Options, int]:
+    """Find a test image by its name, SET/name or path; returns its set and its index there."""
+    for name, opt in row.sets.items():
+        for index, paths in enumerate(build_dataset(opt).paths):
+            path = Path(paths["gt_path"])
+            if image in (path.stem, path.name, f"{name}/{path.stem}") or path == Path(image):
+                return opt, index
+    raise UserError(f"no such image in {', '.join(row.sets)}")

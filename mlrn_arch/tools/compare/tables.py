@@ -1,0 +1,125 @@
+"""The table of a comparison, with Table 1 of the paper beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+
+from mlrn_arch.tools.compare.scoring import Row, save
+
+# How a column is printed: its unit, the format of a number of units, what follows it.
+FORMATS = {
+    "parameters": (1e3, ".0f", "K"),
+    "mult_adds": (1e9, ".2f", "G"),
+    "time_ms": (1, ".1f", ""),
+    "PSNR": (1, ".2f", ""),
+    "SSIM": (1, ".4f", ""),
+}
+HEADS = {"parameters": "#Params", "mult_adds": "#Mult-Adds", "time_ms": "Time (ms)"}
+
+
+def paper() -> dict[tuple[str, int], dict[str, str]]:
+    """Table 1 as the paper prints it: by method and scale the columns that are filled.
+
+    Units are written alike; CARN's "1.592K" stands for 1592K.
+    """
+    with open(Path(__file__).with_name("table1.csv"), encoding="utf-8") as lines:
+        table = {(r.pop("network"), int(r.pop("scale"))): r for r in csv.DictReader(lines)}
+    return {key: {k: v for k, v in row.items() if v} for key, row in table.items()}
+
+
+def number(text: str) -> float:
+    return float(text.rstrip("KG")) * {"K": 1e3, "G": 1e9}.get(text[-1], 1)
+
+
+def text_of(column: str, value: float, sign: str = "") -> str:
+    unit, form, suffix = FORMATS[column.split(" ")[-1]]
+    number = round(value / unit, int(form[1])) + 0.0  # no -0
+    return f"{number:{sign}{form}}{suffix}"
+
+
+def _cell_text(rows: list[Row], row: Row, column: str, printed: dict[str, str]) -> str:
+    """A value as Markdown: best bold, second underlined, beside it the paper's and the difference.
+
+    As in the paper, values that are printed alike share their rank.
+    """
+    value = row.values.get(column)
+    text = "-" if value is None else text_of(column, value)
+    if value is not None and " " in column:
+        values = [r.values.get(column) for r in rows if r.opt["scale"] == row.opt["scale"]]
+        texts = {text_of(column, v) for v in values if v is not None}
+        ranks = sorted(texts, key=float, reverse=True)
+        if len(ranks) > 1 and text == ranks[0]:
+            text = f"**{text}**"
+        elif len(ranks) > 1 and text == ranks[1]:
+            text = f"<u>{text}</u>"
+    if column in printed:
+        text += f" ({printed[column]}"
+        if value is not None:
+            text += f", {text_of(column, value - number(printed[column]), '+')}"
+        text += ")"
+    return text
+
+
+def write(rows: list[Row], folder: Path, where: str, with_paper: bool) -> list[str]:
+    """Print the table and write table.md, .csv and .json; returns its columns.
+
+    Args:
+        rows: The networks, all their figures filled in.
+        folder: Where the files go.
+        where: The machine on which time was measured.
+        with_paper: Whether Table 1's figures stand beside ours.
+    """
+    rows = sorted(rows, key=lambda row: row.opt["scale"])  # stable: else as on the command line
+    columns = list(dict.fromkeys(column for row in rows for column in row.values))
+    printed = paper() if with_paper else {}
+    of_paper = [printed.get((row.name, row.opt["scale"]), {}) for row in rows]
+    lines = [["Method", "Scale", *(HEADS.get(column, column) for column in columns)]]
+    for row, old in zip(rows, of_paper, strict=True):
+        cells = [_cell_text(rows, row, column, old) for column in columns]
+        lines.append([row.label, f"x{row.opt['scale']}", *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    text = "".join(
+        f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |\n"
+        for line in lines
+    )
+    notes = [
+        f"Mult-Adds and time of one output of 1280x720; time on {where}, torch "
+        f"{torch.__version__}, median of at least 5 runs.",
+        "Best **bold**, second <u>underlined</u>, per scale.",
+    ]
+    if with_paper:
+        notes.append("In brackets: Table 1 of the paper, and the difference from it.")
+    for scale in sorted({row.opt["scale"] for row in rows}):
+        ways = {str(row.opt["val"].get("metrics")) for row in rows if row.opt["scale"] == scale}
+        if len(ways) > 1:
+            notes.append(f"Not comparable at x{scale}: the option files differ in val:metrics.")
+    text += "\n" + "\n".join(notes) + "\n"
+    print(text)
+
+    save(folder / "table.md", text)
+    records = []
+    for row, old in zip(rows, of_paper, strict=True):
+        record = {
+            "method": row.label,
+            "scale": row.opt["scale"],
+            "argument": row.argument,
+            "checkpoint": row.opt["path"].get("pretrain_network_g"),
+            **{column: row.values.get(column) for column in columns},
+        }
+        record.update(
+            {f"{k} (paper)": number(old[k]) if k in old else None for k in columns if with_paper}
+        )
+        records.append(record)
+    about = {"machine": where, "torch": torch.__version__, "output": "1280x720"}
+    save(folder / "table.json", json.dumps({**about, "rows": records}, indent=1) + "\n")
+    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(records[0])
+        for record in records:
+            writer.writerow(f"{v:.4f}" if isinstance(v, float) else v for v in record.values())
+    return columns
