@@ -12,7 +12,7 @@ EXTRAS = {
 
 setup(
     name="mlrn_arch",
-    version="0.1.0",
+    version="0.2.0",
     description="MLRN, a mixer-based local residual network for lightweight super-resolution, "
     "as a plugin for BasicSR",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
@@ -21,8 +21,8 @@ setup(
     packages=find_packages(include=["mlrn_arch", "mlrn_arch.*"]),
     package_data={
         "mlrn_arch.models": ["*.cpp"],
-        "mlrn_arch.tools": ["*.csv"],
-        "mlrn_arch.weights": ["*.json", "*.pth"],
+        "mlrn_arch.tools": ["*.csv", "*.md"],
+        "mlrn_arch.weights": ["*.json", "*.md", "*.pth"],
     },
     # BasicSR 1.4.2 cannot be built on 3.13: its setup.py ends in KeyError: '__version__'.
     python_requires=">=3.10,<3.13",
