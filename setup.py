@@ -20,8 +20,8 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["mlrn_arch", "mlrn_arch.*"]),
     package_data={
-        "mlrn_arch": ["weights/*.json", "weights/*.pth"],
-        "mlrn_arch.tools": ["*.csv", "compare/*.csv"],
+        "mlrn_arch": ["weights/*.json", "weights/*.md", "weights/*.pth"],
+        "mlrn_arch.tools": ["*.csv", "*.md", "compare/*.csv"],
     },
     # BasicSR 1.4.2 cannot be built on 3.13: its setup.py ends in KeyError: '__version__'.
     python_requires=">=3.10,<3.13",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +228,21 @@ def test_shipped_option_files(path, tmp_path, monkeypatch):
         options.read(phase, ["-opt", str(path)])
     faults = str(error.value).split("\n  - ")[1:]
     assert faults and all("no such folder" in f or "no such file" in f for f in faults)
+
+
+@pytest.mark.parametrize("page", ["README.md", "options/README.md"])
+def test_commands_of_the_pages(page, tmp_path, monkeypatch):
+    """`mlrn train` and `mlrn test` as they are printed there: nothing but data is missing."""
+    text = (REPOSITORY / page).read_text().replace("\\\n", " ")
+    commands = re.findall(r"^mlrn (train|test) (.+)$", text, re.M)
+    assert len(commands) > 3
+    (tmp_path / "options").symlink_to(REPOSITORY / "options")
+    monkeypatch.chdir(tmp_path)
+    for phase, arguments in commands:
+        with pytest.raises(UserError) as error:
+            options.read(phase, shlex.split(arguments))
+        faults = str(error.value).split("\n  - ")[1:]
+        assert faults and all("no such folder" in f or "no such file" in f for f in faults)
 
 
 def test_recipe_is_the_papers():

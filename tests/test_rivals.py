@@ -576,21 +576,32 @@ def test_bad_arguments(network, arguments, message):
 
 
 def test_option_files_cover_table_1():
-    for network, arguments, expected in PARAMETERS:
-        if arguments:
-            continue
-        name = network.__name__
-        files = REPOSITORY / "options/baselines"
-        found = sorted(path.stem for path in files.glob(f"test_{name}_x*.yml"))
-        assert found == [f"test_{name}_x{upscale}" for upscale in expected]
-        for path in files.glob(f"t*_{name}_x*.yml"):
-            opt = yaml.safe_load(path.read_text())
-            for dataset in opt["datasets"].values():
-                assert dataset.get("color") == ("y" if network in Y_NETWORKS else None)
-            for metric in opt["val"]["metrics"].values():
-                assert metric.get("test_y_channel", False) == (network not in Y_NETWORKS)
-                assert metric["crop_border"] == opt["scale"]
-        assert network is Bicubic or (files / f"train_{name}_x4.yml").exists()
+    """One test file a network and scale."""
+    wanted = {f"test_{net.__name__}_x{s}.yml" for net, _, sizes in PARAMETERS for s in sizes}
+    wanted |= {f"test_RLFN_x{upscale}.yml" for upscale in (2, 3, 4)}
+    assert {path.name for path in (REPOSITORY / "options/baselines").glob("test_*")} == wanted
+
+
+def test_option_files_differ_from_mlrns_in_the_network_alone():
+    """What a comparison must not have: another schedule, set, crop or metric for the rival."""
+    for path in (REPOSITORY / "options/baselines").iterdir():
+        opt = yaml.safe_load(path.read_text())
+        kind, network, scale = path.stem.split("_")
+        wanted = yaml.safe_load((REPOSITORY / f"options/{kind}_MLRN_{scale}.yml").read_text())
+        assert opt["network_g"].pop("type") == network
+        assert opt.pop("name") == path.stem.removeprefix("train_")
+        if network != "Bicubic" and kind == "test":
+            trained = f"experiments/{network}_{scale}/models/net_g_latest.pth"
+            assert opt.pop("path") == {"pretrain_network_g": trained}
+        if network in {net.__name__ for net in Y_NETWORKS}:
+            assert all(dataset.pop("color") == "y" for dataset in opt["datasets"].values())
+            for metric in opt["val"]["metrics"].values():  # the images are Y already
+                metric["test_y_channel"] = True
+        if network == "CARN":  # the other scales' upsamplers would never be trained
+            assert opt["network_g"].pop("multi_scale") is False
+        del wanted["name"], wanted["network_g"]["type"]
+        wanted.pop("path", None)
+        assert opt == wanted, path.name
 
 
 def test_a_network_on_y_in_basicsr(tmp_path, fast_options):

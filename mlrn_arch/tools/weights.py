@@ -1,6 +1,7 @@
 """List the shipped checkpoints: what they were trained on and what they score.
 
 PSNR [dB] and SSIM on Y, as `mlrn test` computes them, with the difference to the paper's figures.
+--json has the stages of the training, in order.
 Option files take a checkpoint as `pretrain_network_g: mlrn://x4`, Python code as
 `mlrn_arch.create_model("MLRN_x4", pretrained=True)`.
 """
@@ -26,7 +27,8 @@ def run(args: argparse.Namespace) -> None:
         return
     for entry in known:
         name = f"{networks.PREFIX}{entry['name'].removeprefix('MLRN_')}"
-        print(f"{name:16} {entry['iterations']:,} iterations on {entry['data']}")
+        stages = len(entry["recipe"])
+        print(f"{name:16} {entry['iterations']:,} iterations in {stages} stages on {entry['data']}")
         for dataset, score in entry["scores"].items():
             line = f"{score['PSNR']:.2f} / {score['SSIM']:.4f}"
             if paper := entry["paper"].get(dataset):
@@ -34,6 +36,5 @@ def run(args: argparse.Namespace) -> None:
                 line += f"   difference {score['PSNR'] - paper['PSNR']:+.2f}"
                 line += f" / {score['SSIM'] - paper['SSIM']:+.4f}"
             print(f"{'':16} {dataset:6} {line}")
-        print(f"{'':16} recipe  {', then '.join(entry['recipe'])}")
         print(f"{'':16} licence {entry['licence']}")
         print(f"{'':16} file    {entry['file']}")
