@@ -34,8 +34,9 @@ FORMS = """NETWORK is one of
                                      'SwinIR:depths=[6,6],num_heads=[6,6]'; its scale is 4 unless
                                      the argument upscale (or scale) says otherwise
   FILE.pth, FILE.safetensors         the MLRN of which this checkpoint is
-A checkpoint behind any of the first three, as in FILE.yml:net.pth, replaces the network's own. It
-is one of BasicSR (of several weights in it the EMA's), a bare state dict, or mlrn://NAME."""
+A checkpoint behind any of the first three, as in FILE.yml:net.pth, replaces the network's own: one
+of BasicSR, of which EMA weights are taken unless path:param_key_g of FILE.yml says otherwise; a
+bare state dict; or mlrn://NAME."""
 
 
 # --- shipped networks ---------------------------------------------------------------------------

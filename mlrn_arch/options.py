@@ -28,7 +28,9 @@ from mlrn_arch.networks import Options, is_number, load_yaml
 
 BY_NAME = """A network without an option file is tested by options/test_MLRN_x4.yml (x2, x3) of the
 current directory with another network_g; one with a window_size as BasicSR's SwinIRModel, which
-pads images to it."""
+pads images to it. As in BasicSR, path:param_key_g is params here if the file does not say it."""
+
+FORCE_YML: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY:KEY=VALUE"}
 
 
 def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -78,9 +80,7 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
     )
     parser.add_argument(
         "--force_yml",
-        nargs="+",
-        default=[],
-        metavar="KEY:KEY=VALUE",
+        **FORCE_YML,
         help="change options of the file, e.g. train:total_iter=300 network_g:num_block=4",
     )
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ def score(folder: Path, model: str, optimizer: str, seed: int, forced: list[str]
     result = mlrn("train", "-opt", "train_demo.yml", "--force_yml", *force, cwd=folder)
     checkpoint = f"path:pretrain_network_g=experiments/{name}/models/net_g_latest.pth"
     force = [f"name={name}", checkpoint]
-    result = mlrn("test", "-opt", "test_demo.yml", "--force_yml", *force, cwd=folder)
+    result = mlrn("test", "-opt", "test_MLRN.yml", "--force_yml", *force, cwd=folder)
     found = re.search(r"psnr: (\S+)", result.stdout)
     if not found:
         sys.exit(result.stdout)

@@ -37,12 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mlrn benchmark` on `parser`."""
     add = parser.add_argument
     add("-opt", required=True, metavar="FILE", help="option file of a training run")
-    add("--force_yml", nargs="+", default=[], metavar="KEY:KEY=VALUE", help="as for `mlrn train`")
+    add("--force_yml", **options.FORCE_YML, help="as for `mlrn train`")
     add(
         "--stock_yml",
-        nargs="+",
-        default=[],
-        metavar="KEY:KEY=VALUE",
+        **options.FORCE_YML,
         help="the same for stock alone, such as the LMDBs of PNGs that it is used to",
     )
     add("--rounds", type=int, default=5, help="turns that each one takes (default: %(default)s)")

@@ -43,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--crop", type=int, nargs=4, metavar=("X", "Y", "W", "H"), help="crop in the HR image")
     add(
         "--force_yml",
-        nargs="+",
-        default=[],
-        metavar="KEY:KEY=VALUE",
+        **options.FORCE_YML,
         help="as for `mlrn test`, for all networks; path:param_key_g=params_ema scores EMA weights",
     )
     parser.epilog = f"""example:
