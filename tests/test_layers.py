@@ -60,4 +60,4 @@ def test_no_arrow_runs_back_up():
 
 
 def test_weights_hold_nothing_that_runs():
-    assert {file.suffix for file in (PACKAGE / "weights").glob("*.*")} == {".pth", ".json"}
+    assert {file.suffix for file in (PACKAGE / "weights").glob("*.*")} == {".pth", ".json", ".md"}
