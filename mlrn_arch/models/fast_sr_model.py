@@ -398,7 +398,9 @@ def inherit_weights(network: torch.nn.Module, path: str) -> None:
     state = checkpoints.state_dict(checkpoint)
     rlfn = "conv_1.weight" in state
     try:
-        inherit(network, state, 255.0 if rlfn else checkpoints.deduce(checkpoint).get("img_range", 1.0))
+        inherit(
+            network, state, 255.0 if rlfn else checkpoints.deduce(checkpoint).get("img_range", 1.0)
+        )
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
