@@ -21,7 +21,7 @@ from basicsr.utils.registry import (
     MODEL_REGISTRY,
 )
 
-from mlrn_arch import models, networks  # noqa: F401 (models registers what it holds)
+from mlrn_arch import networks
 from mlrn_arch.compat import newest_states
 from mlrn_arch.errors import UserError
 from mlrn_arch.machine import DTYPES
@@ -48,7 +48,7 @@ REQUIRED_PAIRED_TRAIN = (
     "batch_size_per_gpu",
 )
 BACKENDS = ("disk", "lmdb", "memcached")
-OPTIMIZERS = (("Adam",), ("Adam", "Muon"))  # of BasicSR's models, of FastSRModel
+OPTIMIZERS = (("Adam",), ("Adam", "Muon"))  # of BasicSR's models, of FastSRModel's kind
 SCHEDULERS = ("MultiStepLR", "MultiStepRestartLR", "CosineAnnealingRestartLR")
 
 
@@ -66,7 +66,9 @@ def check(opt: Options) -> Iterator[str]:
     """Find the faults of complete options; yields a sentence for each: where, what, what to do."""
     for key in _numbers_as_text(opt):
         yield key
-    if opt["model_type"] not in MODEL_REGISTRY:
+    known = opt["model_type"] in MODEL_REGISTRY
+    fast = known and issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel)
+    if not known:
         yield f"model_type: {unknown(opt['model_type'], MODEL_REGISTRY.keys())}"
     resuming = opt["is_train"] and (
         opt["path"].get("resume_state")
@@ -76,7 +78,7 @@ def check(opt: Options) -> Iterator[str]:
         if key != "network_t":
             yield from _check_network(opt, key, ignore_checkpoint=bool(resuming))
     if opt["is_train"]:
-        yield from _check_inherited(opt)
+        yield from _check_inherited(opt, fast or not known)
         if opt["model_type"] == "DistillModel":
             yield from _check_teacher(opt)
 
@@ -98,10 +100,10 @@ def check(opt: Options) -> Iterator[str]:
         if opt["is_train"] and val.get("val_freq") is None:
             yield "val:val_freq: is missing (iterations between validations)"
         for name, metric in (val.get("metrics") or {}).items():
-            known = {"img": None, "img2": None, "better": None}
-            yield from check_call(f"val:metrics:{name}", METRIC_REGISTRY, metric, known)
+            given = {"img": None, "img2": None, "better": None}
+            yield from check_call(f"val:metrics:{name}", METRIC_REGISTRY, metric, given)
     if opt["is_train"]:
-        yield from _check_train(opt["train"], opt["model_type"])
+        yield from _check_train(opt["train"], OPTIMIZERS[fast])
         if (
             opt["model_type"] == "SRModel"
             and opt["datasets"]["train"].get("type") == "FastPairedImageDataset"
@@ -110,7 +112,7 @@ def check(opt: Options) -> Iterator[str]:
                 "datasets:train:type: FastPairedImageDataset gives bytes, which SRModel cannot "
                 "take; set it to PairedImageDataset, or model_type to FastSRModel"
             )
-    if opt["model_type"] in ("FastSRModel", "DistillModel"):
+    if fast:
         for section in ("train", "val"):
             precision = (opt.get(section) or {}).get("precision", "fp32")
             if precision not in DTYPES:
@@ -120,14 +122,14 @@ def check(opt: Options) -> Iterator[str]:
             yield f"val:save_best: {unknown(best, metrics)}; it must be one of val:metrics"
 
 
-def _check_inherited(opt: Options) -> Iterator[str]:
+def _check_inherited(opt: Options, fast: bool) -> Iterator[str]:
     path = opt["train"].get("inherit_network_g")
     if path is None:
         return
     where = "train:inherit_network_g"
     if opt["path"].get("pretrain_network_g"):
         yield f"{where}: and pretrain_network_g both say where the network starts; give one"
-    if not issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel):
+    if not fast:
         yield f"{where}: is FastSRModel's; set model_type to it"
     with contextlib.suppress(UserError):  # told of the network itself
         network, _ = networks.build(opt["network_g"])
@@ -157,8 +159,7 @@ def _check_teacher(opt: Options) -> Iterator[str]:
             yield "train:compile: only with stage: output; blocks are watched as they run"
 
 
-def _check_train(train: Options, model_type: str) -> Iterator[str]:
-    optimizers = OPTIMIZERS[model_type in ("FastSRModel", "DistillModel")]
+def _check_train(train: Options, optimizers: Sequence[str]) -> Iterator[str]:
     if train["optim_g"]["type"] not in optimizers:
         yield f"train:optim_g:type: {unknown(train['optim_g']['type'], optimizers)}"
     if train["scheduler"]["type"] not in SCHEDULERS:

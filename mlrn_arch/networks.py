@@ -54,8 +54,9 @@ def info(name: str) -> Options:
         name: One of `names()`; `mlrn://` and `MLRN_` in front may be there or not.
 
     Returns:
-        `name`; `network_g`, its section of an option file; `iterations`, of all the option files
-        in `recipe`, with which it was trained one after the other; `data` and `licence`;
+        `name`; `network_g`, its section of an option file; `recipe`, the stages of its training,
+        and `iterations`, of all of them; `inherited`, whose weights it began with, if any; `data`
+        and `licence`;
         `scores`, `{set: {PSNR [dB], SSIM}}` on Y by `mlrn test`, and `paper`, the same as the
         paper prints it; `file`, the checkpoint.
 

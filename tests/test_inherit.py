@@ -195,6 +195,7 @@ def test_resume_with_a_teacher_is_bit_identical(tmp_path, distill_options, mlrn_
     [
         ("network_g:num_block=3", "the student has 3 blocks of 8 features, the teacher 2 of 4"),
         ("network_t:type=SRCNN", "SRCNN takes no"),
+        ("model_type=DistilModel", "did you mean DistillModel"),
         ("network_t=none", "nor does spandrel know it"),
         ("path:pretrain_network_t=none", "an untrained teacher teaches nothing"),
         ("path:pretrain_network_t=gone.pth", "no such file gone.pth"),

@@ -36,11 +36,13 @@ def inherit(network: MLRN, state: Mapping[str, torch.Tensor], img_range: float) 
         ValueError: `state` is of another network, or does not fit `network`.
     """
     if {"conv_first.weight", "conv_after_body.weight", "upsampler.0.weight"} <= state.keys():
-        own = network.state_dict()
-        rest = {k: v for k, v in state.items() if not k.startswith("upsampler.")}
-        if misfit := [k for k in own if k[:9] != "upsampler" and own[k].shape != _shape(rest, k)]:
+        own, theirs = (
+            {k: v for k, v in tensors.items() if not k.startswith("upsampler.")}
+            for tensors in (network.state_dict(), state)
+        )
+        if misfit := [k for k in own if k not in theirs or own[k].shape != theirs[k].shape]:
             raise ValueError(f"this MLRN has other features or blocks: {misfit[0]}")
-        network.load_state_dict(rest, strict=False)
+        network.load_state_dict(theirs, strict=False)
         _upsampler(network, state)
     elif {"conv_1.weight", "block_1.c1_r.weight", "upsampler.0.weight"} <= state.keys():
         _from_rlfn(network, state)
@@ -49,10 +51,6 @@ def inherit(network: MLRN, state: Mapping[str, torch.Tensor], img_range: float) 
     network.conv_first.weight *= img_range / network.img_range
     for parameter in network.upsampler[0].parameters():
         parameter *= network.img_range / img_range
-
-
-def _shape(state: Mapping[str, torch.Tensor], key: str) -> torch.Size | None:
-    return state[key].shape if key in state else None
 
 
 def _from_rlfn(network: MLRN, state: Mapping[str, torch.Tensor]) -> None:

@@ -395,12 +395,11 @@ def inherit_weights(network: torch.nn.Module, path: str) -> None:
     if not isinstance(network, MLRN):
         raise UserError(f"{type(network).__name__} inherits from no other network; MLRN does")
     checkpoint = networks.read_checkpoint(path)
-    state = checkpoints.state_dict(checkpoint)
-    rlfn = "conv_1.weight" in state
+    state, img_range = checkpoints.state_dict(checkpoint), 255.0
     try:
-        inherit(
-            network, state, 255.0 if rlfn else checkpoints.deduce(checkpoint).get("img_range", 1.0)
-        )
+        if "conv_1.weight" not in state:  # no RLFN
+            img_range = checkpoints.deduce(checkpoint).get("img_range", 1.0)
+        inherit(network, state, img_range)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -491,7 +491,7 @@ def _cut(
     step: int,
     file_format: str,
     shrink: list[int] | None = None,
-    teach: Callable[[], Callable[[np.ndarray], np.ndarray]] | None = None,
+    teach: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[dict, list[list[np.ndarray]]]:
     """The journal entry of an image, and for each scale its encoded sub-images, row by row.
 
@@ -513,7 +513,7 @@ def _cut(
             lq = img if factor == 1 else imresize(img, factor)
             if min(lq.shape[:2]) * max(scales) < crop_size:
                 continue
-            parts = {1: teach()(lq), max(scales): lq}
+            parts = {1: teach(lq), max(scales): lq}
         for s, encoded in zip(scales, records, strict=True):
             part, crop = parts[s], crop_size // s
             top, left = (  # the last one flush with the edge
@@ -528,8 +528,8 @@ def _cut(
 
 
 @functools.cache
-def _teacher(spec: str, scale: int, imports: tuple[str, ...]) -> Callable[[np.ndarray], np.ndarray]:
-    """Load a teacher; returns what it makes of an LR image, both (h, w, 3), uint8, BGR.
+def _teacher(spec: str, scale: int, imports: tuple[str, ...]) -> torch.nn.Module:
+    """Load a teacher, once a process.
 
     Raises:
         UserError: There is no such network or checkpoint, or it has another scale.
@@ -544,13 +544,15 @@ def _teacher(spec: str, scale: int, imports: tuple[str, ...]) -> Callable[[np.nd
         made = network(torch.rand(1, 3, 48, 48)).shape[-1]
     if made != 48 * scale:
         raise UserError(f"--teacher: {spec} enlarges by {made / 48:g}, not by --scale {scale}")
+    return network
 
-    def enlarge(lq: np.ndarray) -> np.ndarray:
-        x = img2tensor(lq / np.float32(255))[None].to(memory_format=torch.channels_last)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, computes_in_bf16()):
-            return tensor2img(network(x).float())
 
-    return enlarge
+def _teach(lq: np.ndarray, spec: str, scale: int, imports: tuple[str, ...]) -> np.ndarray:
+    """What a teacher makes of an LR image; both are (h, w, 3), uint8, BGR."""
+    network = _teacher(spec, scale, imports)
+    x = img2tensor(lq / np.float32(255))[None].to(memory_format=torch.channels_last)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, computes_in_bf16()):
+        return tensor2img(network(x).float())
 
 
 def _build(
@@ -594,7 +596,8 @@ def _build(
             file_format=args.format,
         )
         if args.teacher:
-            teach = partial(_teacher, args.teacher, args.scale[0], tuple(args.imports))
+            named = {"scale": args.scale[0], "imports": tuple(args.imports)}
+            teach = partial(_teach, spec=args.teacher, **named)
             work = partial(work, shrink=args.shrink, teach=teach)
         jobs = [(key, path) for key, path in images.items() if key not in done]
         results = stack.enter_context(closing(_stream(work, jobs, args.workers)))
