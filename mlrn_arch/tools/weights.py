@@ -36,5 +36,7 @@ def run(args: argparse.Namespace) -> None:
                 line += f"   difference {score['PSNR'] - paper['PSNR']:+.2f}"
                 line += f" / {score['SSIM'] - paper['SSIM']:+.4f}"
             print(f"{'':16} {dataset:6} {line}")
+        if inherited := entry.get("inherited"):
+            print(f"{'':16} {inherited}")
         print(f"{'':16} licence {entry['licence']}")
         print(f"{'':16} file    {entry['file']}")
