@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
 import pytest
 import torch
-from conftest import SHARED, write_yaml
+from conftest import REPOSITORY, SHARED, write_yaml
 from torch import nn
 
 from mlrn_arch.archs.inherit import inherit
@@ -215,6 +222,32 @@ def test_what_does_not_fit_is_told_first(
     path = write_yaml(tmp_path / "tiny.yml", distill_options)
     code, _, err = mlrn_here("train", "-opt", path, "--force_yml", change)
     assert code == 2 and said in err and not (tmp_path / "experiments").exists()
+
+
+@pytest.mark.slow
+def test_the_recipes_run_one_after_the_other(tmp_path, mlrn_here, monkeypatch):
+    """In the order of train_all.sh, each from what the one before saved; teachers untrained."""
+    monkeypatch.chdir(tmp_path)
+    for _, (rlfn, _, file) in FORMS.items():
+        torch.save(RLFN(**rlfn).state_dict(), file)
+    shutil.copytree(REPOSITORY / "options", "options")
+    generator = np.random.default_rng(0)
+    os.mkdir("photos")
+    cv2.imwrite("photos/a.png", generator.integers(0, 256, (144, 144, 3), dtype=np.uint8))
+    arguments = "photos", "datasets/photos", "--crop-size", 144, "--step", 144
+    assert mlrn_here("prepare", *arguments)[0] == 0
+    for scale in (2, 3, 4):
+        os.symlink("photos", f"datasets/photos_x{scale}")
+    script = Path("options/weights/train_all.sh").read_text()
+    stages = re.search("for stage in (.+);", script)[1].split()
+    recipes = {f"train_MLRN_{stage}.yml" for stage in stages}
+    assert recipes == {path.name for path in Path("options/weights").glob("*.yml")}
+    short = "train:total_iter=2", "datasets:train:gt_size=48", "datasets:train:batch_size_per_gpu=2"
+    for stage in stages:
+        path = f"options/weights/train_MLRN_{stage}.yml"
+        code, out, err = mlrn_here("train", "-opt", path, "--auto_resume", "--force_yml", *short)
+        assert code == 0, out + err
+        assert (tmp_path / f"experiments/MLRN_{stage}/models/net_g_latest.pth").exists()
 
 
 def test_a_time_limit_saves_and_says_not_finished(
