@@ -31,7 +31,7 @@ with warnings.catch_warnings():
     import basicsr  # noqa: F401
 
 from basicsr.models.base_model import BaseModel  # noqa: E402
-from basicsr.utils import check_resume, get_root_logger  # noqa: E402
+from basicsr.utils import MessageLogger, check_resume, get_root_logger  # noqa: E402
 
 from mlrn_arch import checkpoints  # noqa: E402
 from mlrn_arch.errors import UserError  # noqa: E402
@@ -135,6 +135,19 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
+class _MessageLogger(MessageLogger):
+    """BasicSR's, with the learning rate in TensorBoard, and no time to go before the last step."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.max_iters += 1
+
+    def __call__(self, log_vars: dict[str, Any]) -> None:
+        if self.tb_logger:
+            self.tb_logger.add_scalar("lr", log_vars["lrs"][0], log_vars["iter"])
+        super().__call__(log_vars)
+
+
 def run_pipeline(
     phase: str,
     opt: dict[str, Any],
@@ -164,6 +177,7 @@ def run_pipeline(
     pipeline.get_env_info = lambda: "\n".join([get_env_info(), *notes])
     if phase == "train":
         pipeline.load_resume_state = _load_resume_state
+        pipeline.MessageLogger = _MessageLogger
         # On a resume BasicSR steps the schedule once before the first optimizer step.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         try:
@@ -182,3 +196,5 @@ def run_pipeline(
             raise
     else:
         pipeline.test_pipeline(opt["root_path"])
+    if opt["dist"]:
+        torch.distributed.destroy_process_group()

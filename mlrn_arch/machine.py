@@ -40,10 +40,12 @@ def name_of(device: torch.device) -> str:
     return f"{cpu} ({os.cpu_count()} cores), {torch.get_num_threads()} threads"
 
 
-def computes_in_bf16() -> bool:
-    """Whether bf16 is more than an emulation on this CPU."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11 or so
-    return capabilities.get("avx512_bf16", True) or capabilities.get("amx_bf16", True)
+def computes_in_bf16(device: str = "cpu") -> bool:
+    """Whether bf16 is more than an emulation on a device; no, if torch <2.11 can't tell."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
 def cores() -> int:

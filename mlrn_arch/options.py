@@ -14,16 +14,18 @@ import json
 import os
 import random
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import yaml
 from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info, init_dist
+from basicsr.utils.registry import MODEL_REGISTRY
 
 from mlrn_arch import checks, machine, networks
 from mlrn_arch.errors import UserError
+from mlrn_arch.machine import DTYPES
+from mlrn_arch.models.fast_sr_model import FastSRModel
 from mlrn_arch.networks import Options, is_number, load_yaml
 
 BY_NAME = """A network without an option file is tested by options/test_MLRN_x4.yml (x2, x3) of the
@@ -57,7 +59,7 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
         "--launcher",
         choices=["none", "pytorch", "slurm"],
         default="none",
-        help="how several processes were started: `pytorch` for torchrun (default: none)",
+        help="how several processes were started: `pytorch` for torchrun (noticed by itself)",
     )
     parser.add_argument(
         "--auto_resume",
@@ -104,6 +106,13 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
         UserError: The file cannot be read, or has faults; all of them are in the message.
     """
     args = parse_args(phase, argv)
+    if args.launcher == "none" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's
+        args.launcher = "pytorch"
+    if args.launcher == "pytorch" and "RANK" not in os.environ:
+        raise UserError(
+            "--launcher pytorch: torchrun starts the processes, e.g. "
+            f"torchrun --nproc_per_node=2 -m mlrn_arch.{phase} -opt {args.opt}"
+        )
     is_train = phase == "train"
     if not is_train and args.network:
         args.opt, forced = _test_of(args.network)
@@ -126,7 +135,7 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
     if faults:
         raise _refusal(args.opt, faults)
 
-    notes += _adapt(opt)
+    notes += _adapt(opt, args.launcher)
     _init_distributed(opt, args.launcher)
     if opt.get("manual_seed") is None:
         opt["manual_seed"] = random.randint(1, 10000)
@@ -242,13 +251,18 @@ def _set_defaults_and_paths(opt: Options) -> list[str]:
     return notes
 
 
-def _adapt(opt: Options) -> list[str]:
+def _adapt(opt: Options, launcher: str) -> list[str]:
     """Take back what this machine cannot do; returns a line for each such thing."""
     notes = []
     found = torch.cuda.device_count()
     if opt["num_gpu"] > found:
         notes.append(f"num_gpu: {opt['num_gpu']} -> {found}: this machine has {found} GPU(s)")
         opt["num_gpu"] = found
+    fast = issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel)
+    if launcher == "none" and fast and opt["num_gpu"] > 1:
+        # BasicSR would take DataParallel, whose replicas know nothing of the precision.
+        notes.append(f"num_gpu: {opt['num_gpu']} -> 1: torchrun trains on several GPUs")
+        opt["num_gpu"] = 1
     cores = machine.cores()
     for key, dataset in opt["datasets"].items():
         if opt["num_gpu"] == 0:
@@ -257,15 +271,21 @@ def _adapt(opt: Options) -> list[str]:
             if off:
                 notes.append(f"datasets:{key}: {' and '.join(off)} off: they need a GPU")
                 dataset.update(dict.fromkeys(off))
+        if fast and dataset.get("prefetch_mode") == "cpu":  # whose thread outlives the run
+            notes.append(f"datasets:{key}: prefetch_mode cpu off: the workers prefetch")
+            dataset["prefetch_mode"] = None
         workers = dataset.get("num_worker_per_gpu") or 0
         if workers > cores:
             notes.append(f"datasets:{key}:num_worker_per_gpu: {workers} -> {cores}: all cores")
             dataset["num_worker_per_gpu"] = cores
-    slow = opt["num_gpu"] == 0 and not machine.computes_in_bf16()
-    for section in ("train", "val"):
-        if slow and (opt.get(section) or {}).get("precision", "fp32") != "fp32":
-            notes.append(f"{section}:precision: fp32: this CPU only emulates a lower one, slowly")
-            opt[section]["precision"] = "fp32"
+    # GPUs before Ampere have fp16, with loss scaling; CPUs without bf16 have nothing below fp32.
+    kind, lower, train = ("GPU", ["bf16"], "fp16") if opt["num_gpu"] else ("CPU", DTYPES, "fp32")
+    emulated = not machine.computes_in_bf16("cuda" if opt["num_gpu"] else "cpu")
+    for section, able in (("train", train), ("val", "fp32")):
+        asked = (opt.get(section) or {}).get("precision", "fp32")
+        if emulated and asked in lower and asked != able:
+            notes.append(f"{section}:precision: {able}: this {kind} only emulates {asked}, slowly")
+            opt[section]["precision"] = able
     if opt["num_gpu"] == 0:
         notes.append(f"Running on the CPU with {torch.get_num_threads()} threads")
     return notes
@@ -274,12 +294,10 @@ def _adapt(opt: Options) -> list[str]:
 def _init_distributed(opt: Options, launcher: str) -> None:
     """Join the other processes: BasicSR's way on GPUs, over gloo on CPUs."""
     opt["dist"] = launcher != "none"
-    if opt["dist"] and torch.cuda.is_available():
-        # The others wait while rank 0 validates: longer than torch's ten minutes.
-        params = {"timeout": timedelta(hours=2)} if launcher == "pytorch" else {}
-        init_dist(launcher, **params, **opt.get("dist_params", {}) if launcher == "slurm" else {})
+    if opt["dist"] and opt["num_gpu"]:
+        init_dist(launcher, **opt.get("dist_params", {}) if launcher == "slurm" else {})
     elif launcher == "slurm":
         raise UserError("--launcher slurm is BasicSR's and needs GPUs; on CPUs use torchrun")
     elif opt["dist"]:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(hours=2))
+        torch.distributed.init_process_group("gloo")
     opt["rank"], opt["world_size"] = get_dist_info()

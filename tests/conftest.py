@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -51,6 +52,14 @@ def mlrn_here(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """`caplog` of BasicSR's logger, which propagates nothing."""
+    logger = logging.getLogger("basicsr")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, caplog.handler])
+    return caplog
 
 
 def start_training(path: str, cwd: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:

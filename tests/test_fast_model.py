@@ -6,7 +6,10 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -15,13 +18,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from basicsr.archs import build_network
 from basicsr.data import build_dataset
 from basicsr.losses import build_loss
 from basicsr.metrics import calculate_psnr
-from conftest import make_fast, mlrn, start_training, write_yaml
+from conftest import REPOSITORY, make_fast, mlrn, start_training, write_yaml
 
+from mlrn_arch import compat, machine, options
 from mlrn_arch.errors import UserError
-from mlrn_arch.models.muon import Muon
+from mlrn_arch.models.muon import Muon, inner_weights
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="checks what holds on the CPU")
 
@@ -111,7 +116,7 @@ def test_muon_steps_as_torchs_does():
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(16, 8, 3, 3), (24, 16, 1, 1)] * 2]
     theirs = [torch.nn.Parameter(param.detach().flatten(1).clone()) for param in ours]
     before = [param.detach().clone() for param in theirs]
-    muon = Muon(ours, lr=0.01)
+    muon = Muon(ours, [], lr=0.01)
     reference = torch.optim.Muon(  # which takes a fifth of it, to be near AdamW's usual step
         theirs, lr=0.05, weight_decay=0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
@@ -126,19 +131,33 @@ def test_muon_steps_as_torchs_does():
         assert (moved - expected).norm() < 0.03 * expected.norm()
 
 
-def test_muon_and_its_adam_share_the_weights(build, fast_options):
+def test_muon_leaves_to_adam_what_it_is_not_made_for(build, fast_options):
     fast_options["train"]["optim_g"]["type"] = "Muon"
     model = build(fast_options)
     names = {id(param): name for name, param in model.net_g.named_parameters()}
     adam, muon = (
-        {names[id(param)] for group in optimizer.param_groups for param in group["params"]}
-        for optimizer in model.optimizers
+        {names[id(param)] for param in group["params"]} for group in model.optimizer_g.param_groups
     )
     assert not adam & muon and adam | muon == set(names.values())
     # By its authors' advice no biases, depthwise convolutions, first or last layer.
     assert {"conv_first.weight", "upsampler.0.weight", "body.0.mixer.depthwise.weight"} <= adam
     assert {"body.0.conv1.weight", "body.0.conv3.weight", "conv_after_body.weight"} <= muon
     assert all(name.endswith(".weight") for name in muon)
+
+
+@pytest.mark.parametrize(
+    ("network", "channels", "inner", "others"),
+    [
+        ({"type": "SRCNN"}, 1, {"conv2"}, {"conv1", "conv3"}),
+        ({"type": "CARN", "upscale": 2}, 3, {"b1.b1.body.0"}, {"entry", "exit"}),
+    ],
+)
+def test_muon_goes_by_the_order_in_which_layers_run(network, channels, inner, others):
+    """Not by that of their registration; parts that do not run at this scale are Adam's."""
+    net = build_network(network)
+    chosen = {id(weight) for weight in inner_weights(net, torch.zeros(1, channels, 16, 16))}
+    names = {name[:-7] for name, p in net.named_parameters() if id(p) in chosen}
+    assert inner <= names and not others & names
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -213,6 +232,199 @@ def test_hardest_of_prefers_what_bicubic_enlarges_badly(tmp_path, train_options)
         assert share == pytest.approx(1 - (2 / 3) ** candidates, abs=0.08)
 
 
+def test_parts_of_a_network_may_be_of_no_use_at_a_scale(build, fast_options):
+    fast_options["network_g"] = {"type": "CARN", "upscale": 2, "num_feat": 8}
+    model = build(fast_options)
+    train(model, batches(1))
+    assert any(param.grad is None for param in model.params)
+
+
+def test_one_bad_gradient_stops_muon_and_adam_alike(build, fast_options):
+    """While fp16 is scaled, clipping turns one infinite gradient into NaN everywhere."""
+    fast_options["train"].update(precision="fp16", grad_clip=1.0)
+    fast_options["train"]["optim_g"]["type"] = "Muon"
+    model = build(fast_options)
+    train(model, batches(1))
+    before = {k: v.clone() for k, v in model.net_g.state_dict().items()}
+    model.net_g.body[0].conv1.weight.register_hook(lambda grad: grad * float("nan"))
+    model.feed_data(batches(1)[0])
+    model.optimize_parameters(2)
+    assert equal(before, model.net_g.state_dict())
+
+
+def go_on(build, fast_options: dict, model, step: int):
+    """A `FastSRModel` of other options that continues what `model` saves now."""
+    model.save(0, step)
+    state = compat.load_state(f"{model.opt['path']['training_states']}/{step}.state")
+    fast_options["path"] = {
+        "pretrain_network_g": f"{model.opt['path']['models']}/net_g_{step}.pth",
+        "param_key_g": "params",
+    }
+    later = build(fast_options)
+    later.resume_training(state)
+    return later
+
+
+@pytest.mark.parametrize("saved_by", ["SRModel", "FastSRModel"])
+def test_any_state_goes_on_as_if_nothing_had_stopped(build, train_options, saved_by):
+    """That of stock, and that of a model of another memory format."""
+    first = {**deepcopy(train_options), "model_type": saved_by}
+    first["train"]["ema_decay"] = 0
+    other = make_fast(deepcopy(first))
+    other["train"]["channels_last"] = False
+    data = batches(4)
+    model = build(first)
+    train(model, data[:3])
+    later = go_on(build, other, model, 3)
+    for running in (model, later):
+        running.update_learning_rate(4)
+        running.feed_data(data[3])
+        running.optimize_parameters(4)
+    expected, found = (m.net_g.state_dict() for m in (model, later))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_of_another_optimizer_is_told(build, fast_options):
+    model = build(deepcopy(fast_options))
+    train(model, batches(1))
+    fast_options["train"]["optim_g"]["type"] = "Muon"
+    with pytest.raises(UserError, match="does not fit train:optim_g"):
+        go_on(build, fast_options, model, 1)
+
+
+def test_a_metric_may_come_later(build, fast_options):
+    model = build(fast_options)
+    psnr = {"better": "higher", "val": 30.0, "iter": 5}
+    model.best_metric_results = {"tiny_val": {"psnr": psnr, "gone": psnr}, "other": {}}
+    model.opt["val"]["metrics"]["ssim"] = {"type": "calculate_ssim", "crop_border": 2}
+    model._initialize_best_metric_results("tiny_val")
+    found = model.best_metric_results
+    assert list(found) == ["tiny_val", "other"] and set(found["tiny_val"]) == {"psnr", "ssim"}
+    assert found["tiny_val"]["psnr"] == psnr
+
+
+def read(tmp_path, fast_options: dict, *arguments: str):
+    path = write_yaml(tmp_path / "tiny.yml", fast_options)
+    opt, _, notes = options.read("train", ["-opt", path, *arguments])
+    return opt, "\n".join(notes)
+
+
+def test_without_a_launcher_one_gpu_is_used(tmp_path, fast_options, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    opt, notes = read(tmp_path, fast_options)
+    assert opt["num_gpu"] == 1 and "torchrun" in notes
+    fast_options["model_type"] = "SRModel"  # stock's DataParallel is right in fp32
+    fast_options["datasets"]["train"]["type"] = "PairedImageDataset"
+    assert read(tmp_path, fast_options)[0]["num_gpu"] == 2
+
+
+def test_a_gpu_that_emulates_bf16_trains_in_fp16(tmp_path, fast_options, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    fast_options["train"]["precision"] = fast_options["val"]["precision"] = "bf16"
+    opt, notes = read(tmp_path, fast_options)
+    assert (opt["train"]["precision"], opt["val"]["precision"]) == ("fp16", "fp32")
+    assert "train:precision: fp16: this GPU only emulates bf16" in notes
+
+
+def test_a_cpu_of_which_torch_cannot_tell_computes_in_fp32(tmp_path, fast_options, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not machine.computes_in_bf16()
+    fast_options["train"]["precision"] = "fp16"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert read(tmp_path, fast_options)[0]["train"]["precision"] == "fp32"
+
+
+def test_processes_on_cpus_join_over_gloo(tmp_path, fast_options, monkeypatch):
+    """On a machine with GPUs too, and with torch's own timeout; torchrun is noticed."""
+    joined = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *a, **k: joined.append((a, k))
+    )
+    fast_options["num_gpu"] = 0
+    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(key, str(value))
+    assert read(tmp_path, fast_options)[0]["dist"]
+    assert joined == [(("gloo",), {})]
+
+
+def test_a_launcher_that_did_not_launch_is_told(tmp_path, fast_options, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="torchrun --nproc_per_node=2 -m mlrn_arch.train -opt"):
+        read(tmp_path, fast_options, "--launcher", "pytorch")
+
+
+def test_the_end_of_a_short_run(tmp_path, fast_options, mlrn_here, monkeypatch, restore_stop, log):
+    """It ends with prefetch_mode cpu too, at the step it ended at, and no time before it began."""
+    monkeypatch.chdir(tmp_path)
+    fast_options["train"]["total_iter"] = 8
+    fast_options["datasets"]["train"]["prefetch_mode"] = "cpu"
+    path = write_yaml(tmp_path / "tiny.yml", fast_options)
+    assert mlrn_here("train", "-opt", path)[0] == 0
+    assert "prefetch_mode cpu off" in log.text and "@ 8 iter" in log.text
+    assert re.findall(r"eta: (.+?), time", log.text)[-1] == "0:00:00"
+
+
+def test_the_first_of_equal_scores_is_the_best(build, fast_options):
+    model = build(fast_options)
+    model._initialize_best_metric_results("tiny_val")
+    for step, value in ((10, 30.0), (20, 30.0), (30, 29.0)):
+        model._update_best_metric_result("tiny_val", "psnr", value, step)
+    assert model.best_metric_results["tiny_val"]["psnr"]["iter"] == 10
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(build, fast_options, monkeypatch):
+    fast_options["logger"]["keep_last"] = 1
+    model = build(fast_options)
+    real = os.open
+
+    def refuse(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    model.save(0, 1)
+    model.save(0, 2)
+    assert os.listdir(model.opt["path"]["models"]) == ["net_g_2.pth"]
+    assert os.listdir(model.opt["path"]["training_states"]) == ["2.state"]
+
+
+@ON_CPU
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [2, 8])
+def test_processes_validate_to_the_digits_of_one(tmp_path, test_options, paired_data, images):
+    """Three of them, also with fewer images than that."""
+    for key in ("gt", "lq"):
+        (tmp_path / key).mkdir()
+        for path in sorted((paired_data / key).iterdir())[:images]:
+            shutil.copy(path, tmp_path / key)
+        test_options["datasets"]["test_1"][f"dataroot_{key}"] = str(tmp_path / key)
+    test_options["model_type"] = "FastSRModel"
+    torch.manual_seed(0)
+    test_options["path"]["pretrain_network_g"] = str(tmp_path / "net.pth")
+    torch.save(build_network(dict(test_options["network_g"])).state_dict(), tmp_path / "net.pth")
+    test_options["val"]["metrics"]["ssim"] = {"type": "calculate_ssim", "crop_border": 2}
+    path = write_yaml(tmp_path / "tiny.yml", test_options)
+    one = mlrn("test", "-opt", path, cwd=tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    three = subprocess.run(
+        [*command, "-m", "mlrn_arch.test", "-opt", path],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    scores = [re.findall(r"# (\w+: [\d.]+)", text) for text in (one.stdout, three.stdout)]
+    assert three.returncode == 0 and len(scores[0]) == 2, three.stdout
+    assert scores[0] == scores[1]
+
+
 @ON_CPU
 @pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
 def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options, optimizer):
@@ -275,13 +487,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(build, fast_options,
     assert not os.listdir(model.opt["path"]["models"])
 
 
-def test_keep_last_and_save_best(tmp_path, fast_options):
+def test_keep_last_and_save_best(tmp_path, fast_options, mlrn_here, monkeypatch, restore_stop):
+    monkeypatch.chdir(tmp_path)
     fast_options["logger"]["keep_last"] = 2
     fast_options["val"].update(save_best="psnr", val_freq=10)
     fast_options["train"]["optim_g"]["lr"] = 0.05  # so that the last is not the best
     path = write_yaml(tmp_path / "tiny.yml", fast_options)
-    result = mlrn("train", "-opt", path, cwd=tmp_path)
-    assert result.returncode == 0, result.stdout
+    assert mlrn_here("train", "-opt", path)[0] == 0
     experiment = tmp_path / "experiments/tiny"
     names = {path.name for path in (experiment / "models").iterdir()}
     kept = {"net_g_30.pth", "net_g_40.pth", "net_g_latest.pth", "net_g_best.pth"}
@@ -311,36 +523,41 @@ def test_a_full_disk_does_not_end_the_run(build, fast_options, monkeypatch, capl
     assert (folder / "net_g_2.pth").exists()
 
 
-def test_a_broken_training_image_is_named(tmp_path, fast_options, paired_data):
-    import shutil
-
+def test_a_broken_training_image_is_named(
+    tmp_path, fast_options, paired_data, mlrn_here, monkeypatch, restore_stop
+):
     import lmdb
 
     shutil.copytree(paired_data / "gt.lmdb", tmp_path / "gt.lmdb")
     with lmdb.open(str(tmp_path / "gt.lmdb")) as env, env.begin(write=True) as transaction:
         transaction.put(b"image3", b"no image")
     fast_options["datasets"]["train"]["dataroot_gt"] = str(tmp_path / "gt.lmdb")
-    result = mlrn("train", "-opt", write_yaml(tmp_path / "tiny.yml", fast_options), cwd=tmp_path)
-    assert result.returncode == 2
-    assert re.search(r"mlrn train: training image \{.*'image3'.*\} of .*gt.lmdb", result.stdout)
-    assert "Traceback" not in result.stdout
+    monkeypatch.chdir(tmp_path)
+    path = write_yaml(tmp_path / "tiny.yml", fast_options)
+    code, _, err = mlrn_here("train", "-opt", path)
+    assert code == 2
+    assert re.search(r"mlrn train: training image \{.*'image3'.*\} of .*gt.lmdb", err)
+    assert "Traceback" not in err
 
 
-def test_resuming_with_other_options_says_what_differs(tmp_path, fast_options):
+def test_resuming_with_other_options_says_what_differs(
+    tmp_path, fast_options, mlrn_here, monkeypatch, restore_stop, log
+):
+    monkeypatch.chdir(tmp_path)
     path = write_yaml(tmp_path / "tiny.yml", fast_options)
     short = ["--force_yml", "train:total_iter=10"]
-    assert mlrn("train", "-opt", path, *short, cwd=tmp_path).returncode == 0
+    assert mlrn_here("train", "-opt", path, *short)[0] == 0
+    log.clear()
     changed = [
         "--auto_resume",
         "--force_yml",
         "train:total_iter=12",
         "train:pixel_opt:type=MSELoss",
     ]
-    result = mlrn("train", "-opt", path, *changed, cwd=tmp_path)
-    assert result.returncode == 0, result.stdout
-    assert "Resuming with another train:total_iter: 10 -> 12" in result.stdout
-    assert "Resuming with another train:pixel_opt:type: L1Loss -> MSELoss" in result.stdout
-    assert sorted(losses(result.stdout)) == [11, 12]
+    assert mlrn_here("train", "-opt", path, *changed)[0] == 0
+    assert "Resuming with another train:total_iter: 10 -> 12" in log.text
+    assert "Resuming with another train:pixel_opt:type: L1Loss -> MSELoss" in log.text
+    assert sorted(losses(log.text)) == [11, 12]
 
 
 @ON_CPU

@@ -27,7 +27,7 @@ from mlrn_arch.compat import newest_states
 from mlrn_arch.data import ResumableSampler
 from mlrn_arch.errors import UserError
 from mlrn_arch.machine import DTYPES
-from mlrn_arch.models.muon import Muon
+from mlrn_arch.models.muon import Muon, inner_weights
 
 # What decides the course of a run; machines may differ in the rest (workers, pinned memory).
 COMPARED = (
@@ -67,6 +67,7 @@ class FastSRModel(SRModel):
 
     sampler: ResumableSampler | None = None  # set by `mlrn train`; its position is saved
     stop_signal = 0  # of the process, so of the class
+    partial = False  # while the metrics are those of one process among several
 
     def __init__(self, opt: dict[str, Any]) -> None:
         train, val = opt.get("train") or {}, opt.get("val") or {}
@@ -98,8 +99,7 @@ class FastSRModel(SRModel):
         if source and not self.opt["path"].get("pretrain_network_g"):
             inherit_weights(self.get_bare_model(self.net_g), source)
         super().init_training_settings()
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.params = [param for group in groups for param in group["params"]]
+        self.params = [p for group in self.optimizer_g.param_groups for p in group["params"]]
         if self.ema_decay > 0:
             self.net_g_ema.to(memory_format=self.memory_format)
             net = dict(self.get_bare_model(self.net_g).named_parameters())
@@ -109,24 +109,29 @@ class FastSRModel(SRModel):
     def get_optimizer(
         self, optim_type: str, params: list[torch.nn.Parameter], lr: float, **kwargs: Any
     ) -> torch.optim.Optimizer:
-        """Build BasicSR's Adam, as one fused kernel, or `Muon` and an Adam for what it leaves.
-
-        Muon takes the weights of the convolutions inside the network, Adam its biases, depthwise
-        convolutions, first and last convolution; `betas` is Adam's.
-        """
-        if optim_type == "Muon":
-            inner = [p for p in params if p.ndim > 1 and p.shape[1] > 1][1:-1]
-            ids = {id(p) for p in inner}
-            rest = [p for p in params if id(p) not in ids]
-            self.optimizers.append(self.get_optimizer("Adam", rest, lr, **kwargs))
-            return Muon(inner, lr)
-        return super().get_optimizer(optim_type, params, lr, fused=True, **kwargs)
+        """Build BasicSR's Adam, as one fused kernel, or `Muon`."""
+        if optim_type != "Muon":
+            return super().get_optimizer(optim_type, params, lr, fused=True, **kwargs)
+        y = self.opt["datasets"]["train"].get("color") == "y"
+        channels = self.opt["network_g"].get("num_in_ch", 1 if y else 3)
+        net = self.get_bare_model(self.net_g)
+        inner = inner_weights(net, torch.zeros(1, channels, 64, 64, device=self.device))
+        ids = {id(param) for param in inner}
+        rest = [param for param in params if id(param) not in ids]
+        others = [n for n, p in net.named_parameters() if p.ndim > 1 and id(p) not in ids]
+        get_root_logger().info(
+            f"Muon trains {len(inner)} weights, {sum(p.numel() for p in inner):,} parameters; "
+            f"Adam biases and {len(others)} weights: {', '.join(others)}"
+        )
+        return Muon(inner, rest, lr, **kwargs)
 
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take a batch: `lq` (n, c, h, w) and `gt`, float in [0, 1] or uint8."""
         self.lq_path = data["lq_path"]
         for key in ("lq", "gt"):
             if key in data:
+                if data[key].is_cuda:  # the prefetcher's stream must not reuse it before it is read
+                    data[key].record_stream(torch.cuda.current_stream())
                 image = data[key].to(
                     self.device, non_blocking=True, memory_format=self.memory_format
                 )
@@ -154,25 +159,21 @@ class FastSRModel(SRModel):
 
     def optimize_parameters(self, current_iter: int) -> None:
         """Train on the batch fed last. A gradient that is not finite leaves the weights alone."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        self.optimizer_g.zero_grad()
         self.loss_dict = self.losses()
         l_total = sum(self.loss_dict.values())
         self.scaler.scale(l_total).backward()
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        max_norm = self.opt["train"].get("grad_clip")
-        if max_norm:
-            norm = torch.nn.utils.clip_grad_norm_(self.params, max_norm)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.params])
+        self.scaler.unscale_(self.optimizer_g)
+        # A network may have parts that are of no use at this scale.
+        used = [param for param in self.params if param.grad is not None]
+        norm = torch.nn.utils.get_total_norm([param.grad for param in used])
+        if max_norm := self.opt["train"].get("grad_clip"):
+            torch.nn.utils.clip_grads_with_norm_(used, max_norm, norm)
         bad = ~torch.isfinite(l_total.detach())
         if not self.scaler.is_enabled():  # while scaling, an infinite gradient is nothing unusual
             bad |= ~torch.isfinite(norm)
-        for optimizer in self.optimizers:
-            if not self.scaler.is_enabled():
-                optimizer.found_inf = bad.float()  # skips the step on the device
-            self.scaler.step(optimizer)
+            self.optimizer_g.found_inf = bad.float()  # skips the step on the device
+        self.scaler.step(self.optimizer_g)
         self.scaler.update()
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
@@ -237,16 +238,64 @@ class FastSRModel(SRModel):
     def validation(
         self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool = False
     ) -> None:
-        """Validate as `SRModel` does, in between on rank 0; keep the best by val:save_best."""
+        """Validate as `SRModel` does, all processes together; keep the best by val:save_best."""
+        if self.is_train:  # BasicSR counts one step that it does not make
+            current_iter = min(current_iter, self.opt["train"]["total_iter"])
         self.current_iter = current_iter
         since = time.monotonic()
         super().validation(dataloader, current_iter, tb_logger, save_img)
         self.samples_since += time.monotonic() - since
         metric = self.opt["val"].get("save_best")
-        if self.is_train and metric and hasattr(self, "best_metric_results"):
+        if self.is_train and metric and self.opt["rank"] == 0:
             first, records = next(iter(self.best_metric_results.items()))
             if first == dataloader.dataset.opt["name"] and records[metric]["iter"] == current_iter:
                 self._write(self._networks(), self._model_path("best"))
+
+    def dist_validation(
+        self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool
+    ) -> None:
+        """Validate every world_size-th image here; `_log_validation_metric_values` brings together.
+
+        A process for which no image is left takes the first, and does not count it.
+        """
+        own = range(self.opt["rank"], len(dataloader.dataset), self.opt["world_size"])
+        self.counted, self.partial = len(own), True
+        shard = torch.utils.data.Subset(dataloader.dataset, own or [0])
+        shard.opt = dataloader.dataset.opt
+        loader = torch.utils.data.DataLoader(shard, num_workers=dataloader.num_workers)
+        self.nondist_validation(loader, current_iter, tb_logger, save_img)
+
+    def _initialize_best_metric_results(self, dataset_name: str) -> None:
+        before = getattr(self, "best_metric_results", {})
+        self.best_metric_results = {}
+        super()._initialize_best_metric_results(dataset_name)
+        # What was found before counts, but the option file may ask for other metrics now.
+        best = self.best_metric_results[dataset_name]
+        best.update({k: v for k, v in before.get(dataset_name, {}).items() if k in best})
+        self.best_metric_results = before | self.best_metric_results
+
+    def _update_best_metric_result(
+        self, dataset_name: str, metric: str, val: float, current_iter: int
+    ) -> None:
+        # The first of equals; and of several processes only their mean.
+        equal = val == self.best_metric_results[dataset_name][metric]["val"]
+        if not equal and not self.partial:
+            super()._update_best_metric_result(dataset_name, metric, val, current_iter)
+
+    def _log_validation_metric_values(
+        self, current_iter: int, dataset_name: str, tb_logger: Any
+    ) -> None:
+        if self.opt["dist"]:
+            sums = [value * self.counted for value in self.metric_results.values()]
+            sums = torch.tensor([*sums, self.counted], dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(sums)
+            *sums, count = sums.tolist()
+            self.partial = False
+            for metric, total in zip(self.metric_results, sums, strict=True):
+                self.metric_results[metric] = total / count
+                self._update_best_metric_result(dataset_name, metric, total / count, current_iter)
+        if self.opt["rank"] == 0:
+            super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
 
     def save(self, epoch: int, current_iter: int) -> None:
         """Write the networks and the training state, each of them whole or not at all.
@@ -264,7 +313,7 @@ class FastSRModel(SRModel):
         state = {
             "epoch": epoch,
             "iter": current_iter,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [self.optimizer_g.state_dict()],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "scaler": self.scaler.state_dict(),
             "samples_seen": self.samples_seen,
@@ -305,9 +354,6 @@ class FastSRModel(SRModel):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-            folder = os.open(os.path.dirname(path), os.O_RDONLY)
-            os.fsync(folder)  # a power cut must not forget the rename
-            os.close(folder)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.remove(part)
@@ -316,6 +362,12 @@ class FastSRModel(SRModel):
                 "is kept. Make room: the next save tries again."
             )
             return False
+        with contextlib.suppress(OSError):  # Windows and some networks' file systems refuse
+            folder = os.open(os.path.dirname(path), os.O_RDONLY)
+            try:
+                os.fsync(folder)  # a power cut must not forget the rename
+            finally:
+                os.close(folder)
         return True
 
     def _prune(self) -> None:
@@ -327,8 +379,28 @@ class FastSRModel(SRModel):
                     os.remove(path)
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Continue exactly where a state was saved; a state of stock `SRModel` does as well."""
-        super().resume_training(resume_state)
+        """Continue exactly where a state was saved; a state of stock `SRModel` does as well.
+
+        Raises:
+            UserError: The state is that of another optimizer or network.
+        """
+        groups = self.optimizer_g.param_groups
+        try:
+            saved_groups = resume_state["optimizers"][0]["param_groups"]
+            for saved, group in zip(saved_groups, groups, strict=False):
+                own = ("params", "lr", "initial_lr")
+                saved.update({key: v for key, v in group.items() if key not in own})
+            super().resume_training(resume_state)
+        except (AssertionError, ValueError) as error:
+            raise UserError(
+                f"the training state does not fit train:optim_g and network_g ({error}); resume "
+                "with those that it was saved with, or begin with its weights as "
+                "path:pretrain_network_g under another name"
+            ) from None
+        for param, state in self.optimizer_g.state.items():
+            for key, value in state.items():
+                if value.shape == param.shape:  # in the parameter's memory format, not its own
+                    state[key] = torch.empty_like(param).copy_(value)
         for folder in ("models", "training_states"):  # what a kill in the middle of a save left
             for name in os.listdir(self.opt["path"][folder]):
                 if name.endswith(".part") and self.opt["rank"] == 0:

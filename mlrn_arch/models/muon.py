@@ -1,68 +1,116 @@
-"""Muon, an optimizer for the weights of convolutions."""
+"""Muon, an optimizer for the weights of convolutions, beside Adam for all others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.Adam):
     """Momentum whose step is made orthogonal: all directions of a weight move equally far.
 
     After Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). A
     convolution is the matrix of its (c_out, c_in * k * k) weights. `torch.optim.Muon` takes no
-    convolutions, and turns each matrix by itself, in bf16.
+    convolutions, and turns each matrix by itself, in bf16. Parameters that this is not made for
+    are Adam's, in the same optimizer: a gradient that is not finite leaves all of them alone.
 
     Args:
-        params: Weights with at least two dimensions, better without depthwise convolutions and
-            without the first and the last one of a network.
+        inner: Muon's weights, of at least two dimensions; see `inner_weights`.
+        rest: Adam's parameters.
         lr: Learning rate, the root mean square of what a step adds to a weight; Adam's fit.
-        momentum: Of the gradient, in Nesterov's form.
+        momentum: Of Muon's gradient, in Nesterov's form.
+        adam: Adam's other arguments.
     """
 
-    _step_supports_amp_scaling = True  # `found_inf` skips the step on the device
-
     def __init__(
-        self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95
+        self,
+        inner: Iterable[nn.Parameter],
+        rest: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        **adam: Any,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        groups = [{"params": list(rest)}, {"params": list(inner), "momentum": momentum}]
+        super().__init__([group for group in groups if group["params"]], lr, fused=True, **adam)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Make a step; where `self.found_inf` is set, nothing changes."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            updates: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                grad = param.grad
-                state = self.state[param]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(param)
-                buffer = state["momentum_buffer"]
-                if found_inf is not None:
-                    grad = torch.where(found_inf > 0, buffer, grad)
-                buffer.lerp_(grad, 1 - group["momentum"])
-                update = grad.lerp(buffer, group["momentum"]).flatten(1)
-                updates.setdefault(update.shape, []).append((param, update))
-            for shape, pairs in updates.items():  # equal shapes at once, for a GPU's sake
-                length = -group["lr"] * max(shape) ** 0.5
-                if found_inf is not None:
-                    length = length * (found_inf == 0)
-                for (param, _), step in zip(
-                    pairs, orthogonalize(torch.stack([u for _, u in pairs])), strict=True
-                ):
-                    param.add_(step.view(param.shape) * length)
+        groups = self.param_groups
+        for group in groups:
+            if "momentum" in group:
+                self._turn(group)
+        self.param_groups = [group for group in groups if "momentum" not in group]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
         return loss
 
+    def _turn(self, group: dict[str, Any]) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            grad = param.grad
+            state = self.state[param]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(param)
+            buffer = state["momentum_buffer"]
+            if found_inf is not None:
+                grad = torch.where(found_inf > 0, buffer, grad)
+            buffer.lerp_(grad, 1 - group["momentum"])
+            update = grad.lerp(buffer, group["momentum"]).flatten(1)
+            updates.setdefault(update.shape, []).append((param, update))
+        for shape, pairs in updates.items():  # equal shapes at once, for a GPU's sake
+            length = -group["lr"] * max(shape) ** 0.5
+            if found_inf is not None:
+                length = length * (found_inf == 0)
+            steps = orthogonalize(torch.stack([update for _, update in pairs]))
+            for (param, _), step in zip(pairs, steps, strict=True):
+                param.add_(step.view(param.shape) * length)
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+
+def inner_weights(network: nn.Module, image: Tensor) -> list[nn.Parameter]:
+    """What Muon is made for: weights of convolutions and linear layers inside a network.
+
+    Not those of the first and the last layer that run on `image`, (1, c, h, w), nor those that
+    read or write images in between, nor depthwise, grouped or transposed convolutions.
+    """
+    ran: list[nn.Module] = []
+    kinds = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: ran.append(module))
+        for module in network.modules()
+        if isinstance(module, kinds) and module.weight.requires_grad
+    ]
+    training = network.training
+    try:
+        with torch.no_grad():
+            network.eval().forward(image)  # not through __call__, which may be compiled
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    return [
+        module.weight
+        for module in dict.fromkeys(ran)
+        if module not in (ran[0], ran[-1])
+        and not isinstance(module, nn.ConvTranspose2d)
+        and getattr(module, "groups", 1) == 1
+        and min(module.weight.shape[:2]) > image.shape[1]
+    ]
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring all singular values of matrices, (n, rows, columns), near 1 (0.7 to 1.2).
 
     Five Newton-Schulz steps with Jordan's coefficients, which trade accuracy for speed.
