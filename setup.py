@@ -42,7 +42,7 @@ setup(
     extras_require={
         **EXTRAS,
         "all": sorted({package for packages in EXTRAS.values() for package in packages}),
-        "test": ["pytest", "ruff", "mlrn_arch[all]"],
+        "test": ["hypothesis", "pytest", "ruff", "mlrn_arch[all]"],
     },
     entry_points={"console_scripts": ["mlrn = mlrn_arch.cli:main"]},
 )

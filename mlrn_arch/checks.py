@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
+import torch
 from basicsr.data.data_util import (
     paired_paths_from_folder,
     paired_paths_from_lmdb,
     paired_paths_from_meta_info_file,
 )
 from basicsr.data.paired_image_dataset import PairedImageDataset
+from basicsr.models import lr_scheduler
 from basicsr.utils.registry import (
     DATASET_REGISTRY,
     LOSS_REGISTRY,
     METRIC_REGISTRY,
     MODEL_REGISTRY,
 )
+from PIL import Image
 
 from mlrn_arch import networks
 from mlrn_arch.compat import newest_states
-from mlrn_arch.errors import UserError
-from mlrn_arch.machine import DTYPES
+from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.machine import missing
 from mlrn_arch.models.distill_model import load_teacher, misfit
 from mlrn_arch.models.fast_sr_model import FastSRModel, inherit_weights
-from mlrn_arch.networks import Options, check_call, is_number, unknown
+from mlrn_arch.models.muon import Muon
+from mlrn_arch.networks import Options, check_call, registered, unknown
 
 REQUIRED = ("name", "model_type", "num_gpu", "datasets", "network_g")
 REQUIRED_TRAIN = (
@@ -48,8 +55,11 @@ REQUIRED_PAIRED_TRAIN = (
     "batch_size_per_gpu",
 )
 BACKENDS = ("disk", "lmdb", "memcached")
-OPTIMIZERS = (("Adam",), ("Adam", "Muon"))  # of BasicSR's models, of FastSRModel's kind
-SCHEDULERS = ("MultiStepLR", "MultiStepRestartLR", "CosineAnnealingRestartLR")
+SCHEDULERS = {
+    "MultiStepLR": lr_scheduler.MultiStepRestartLR,
+    "MultiStepRestartLR": lr_scheduler.MultiStepRestartLR,
+    "CosineAnnealingRestartLR": lr_scheduler.CosineAnnealingRestartLR,
+}
 
 
 def missing_keys(opt: Options, keys: Sequence[str]) -> Iterator[str]:
@@ -64,10 +74,9 @@ def missing_keys(opt: Options, keys: Sequence[str]) -> Iterator[str]:
 
 def check(opt: Options) -> Iterator[str]:
     """Find the faults of complete options; yields a sentence for each: where, what, what to do."""
-    for key in _numbers_as_text(opt):
-        yield key
-    known = opt["model_type"] in MODEL_REGISTRY
-    fast = known and issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel)
+    model_type = registered(opt["model_type"], MODEL_REGISTRY)
+    known = model_type in MODEL_REGISTRY
+    fast = known and issubclass(MODEL_REGISTRY.get(model_type), FastSRModel)
     if not known:
         yield f"model_type: {unknown(opt['model_type'], MODEL_REGISTRY.keys())}"
     resuming = opt["is_train"] and (
@@ -84,16 +93,22 @@ def check(opt: Options) -> Iterator[str]:
 
     if not opt["datasets"]:
         yield "datasets: is empty"
+    yield from _check_logger(opt["logger"], "debug" in opt["name"])
+    channels = _input_channels(opt["network_g"])
     for key, dataset in opt["datasets"].items():
         where = f"datasets:{key}"
-        if not isinstance(dataset, dict):
-            yield f"{where}: is no section of `key: value` lines"
-        elif dataset["phase"] not in (("train", "val") if opt["is_train"] else ("val", "test")):
+        if dataset["phase"] not in (("train", "val") if opt["is_train"] else ("val", "test")):
             yield f"{where}: BasicSR knows datasets by the names train, val and test (test_1, ...)"
-        elif (kind := dataset.get("type")) not in DATASET_REGISTRY:
+        elif (kind := registered(dataset.get("type"), DATASET_REGISTRY)) not in DATASET_REGISTRY:
             yield f"{where}:type: {unknown(kind, DATASET_REGISTRY.keys())}"
         elif issubclass(DATASET_REGISTRY.get(kind), PairedImageDataset):
             yield from _check_paired(where, dataset)
+            given = 1 if dataset.get("color") == "y" else 3
+            if channels in (1, 3) and channels != given:
+                yield (
+                    f"{where}: gives {given} channel(s), network_g takes {channels}; "
+                    + ("leave color out" if given == 1 else "set color: y (Y of YCbCr)")
+                )
 
     val = opt.get("val")
     if val is not None:
@@ -103,7 +118,7 @@ def check(opt: Options) -> Iterator[str]:
             given = {"img": None, "img2": None, "better": None}
             yield from check_call(f"val:metrics:{name}", METRIC_REGISTRY, metric, given)
     if opt["is_train"]:
-        yield from _check_train(opt["train"], OPTIMIZERS[fast])
+        yield from _check_train(opt["train"], fast)
         if (
             opt["model_type"] == "SRModel"
             and opt["datasets"]["train"].get("type") == "FastPairedImageDataset"
@@ -113,13 +128,28 @@ def check(opt: Options) -> Iterator[str]:
                 "take; set it to PairedImageDataset, or model_type to FastSRModel"
             )
     if fast:
-        for section in ("train", "val"):
-            precision = (opt.get(section) or {}).get("precision", "fp32")
-            if precision not in DTYPES:
-                yield f"{section}:precision: {unknown(precision, DTYPES)}"
         metrics, best = (val or {}).get("metrics") or {}, (val or {}).get("save_best")
         if best is not None and best not in metrics:
             yield f"val:save_best: {unknown(best, metrics)}; it must be one of val:metrics"
+
+
+def _check_logger(logger: Options, debug: bool) -> Iterator[str]:
+    """What BasicSR finds out when the experiment before is already moved away."""
+    wandb = (logger.get("wandb") or {}).get("project") is not None and not debug
+    if wandb and not logger["use_tb_logger"]:
+        yield "logger:wandb: BasicSR gives it what TensorBoard gets; set use_tb_logger: true"
+    needed = ["tensorboard"] * bool(logger["use_tb_logger"]) + ["wandb"] * wandb
+    for package in missing(*needed):
+        yield f"logger: needs {package}; pip install {package}, or take it out"
+
+
+def _input_channels(network_g: Options) -> int | None:
+    """How many channels a network takes, as far as its first convolution tells."""
+    with contextlib.suppress(UserError):  # told of the network itself
+        network, values = networks.build(network_g)
+        convolutions = (m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
+        return values.get("num_in_ch", getattr(next(convolutions, None), "in_channels", None))
+    return None
 
 
 def _check_inherited(opt: Options, fast: bool) -> Iterator[str]:
@@ -143,7 +173,7 @@ def _check_teacher(opt: Options) -> Iterator[str]:
     distill = opt["train"].get("distill_opt")
     if not opt["path"].get("pretrain_network_t"):
         yield "path:pretrain_network_t: is missing; an untrained teacher teaches nothing"
-    elif not isinstance(distill, dict):
+    elif "stage" not in (distill or {}):
         yield "train:distill_opt: is missing; write distill_opt: {stage: blocks}"
     else:
         try:
@@ -159,11 +189,27 @@ def _check_teacher(opt: Options) -> Iterator[str]:
             yield "train:compile: only with stage: output; blocks are watched as they run"
 
 
-def _check_train(train: Options, optimizers: Sequence[str]) -> Iterator[str]:
-    if train["optim_g"]["type"] not in optimizers:
-        yield f"train:optim_g:type: {unknown(train['optim_g']['type'], optimizers)}"
-    if train["scheduler"]["type"] not in SCHEDULERS:
-        yield f"train:scheduler:type: {unknown(train['scheduler']['type'], SCHEDULERS)}"
+def _check_train(train: Options, fast: bool) -> Iterator[str]:
+    optimizers = {"Adam": torch.optim.Adam} | ({"Muon": Muon} if fast else {})
+    weight = torch.nn.Parameter(torch.zeros(1, 1))
+    given = {"params": [weight]} if train["optim_g"]["type"] == "Adam" else (
+        {"inner": [], "rest": [weight]}
+    )  # fmt: skip
+    faults = list(check_call("train:optim_g", optimizers, train["optim_g"], given))
+    if not faults and fast and "fused" in train["optim_g"]:
+        faults = ["train:optim_g:fused: is FastSRModel's own affair; leave it out"]
+    faults += check_call("train:scheduler", SCHEDULERS, train["scheduler"], {"optimizer": None})
+    periods = train["scheduler"].get("periods", [math.inf])
+    if sum(periods) < train["total_iter"]:
+        faults.append(f"train:scheduler:periods: end at {sum(periods)}, before total_iter")
+    yield from faults
+    if not faults:
+        try:
+            optimizer = networks.make("train:optim_g", optimizers, {**train["optim_g"], **given})
+            scheduler = {**train["scheduler"], "optimizer": optimizer}
+            networks.make("train:scheduler", SCHEDULERS, scheduler)
+        except UserError as error:
+            yield str(error)
     losses = {
         k: v
         for k, v in train.items()
@@ -179,18 +225,6 @@ def _check_train(train: Options, optimizers: Sequence[str]) -> Iterator[str]:
                 networks.make(f"train:{key}", LOSS_REGISTRY, loss)
             except UserError as error:
                 yield str(error)
-
-
-def _numbers_as_text(opt: Any, where: str = "") -> Iterator[str]:
-    """YAML 1.1 takes `5e-4` for text; the optimizer would find out in a traceback."""
-    if isinstance(opt, dict):
-        for key, value in opt.items():
-            yield from _numbers_as_text(value, f"{where}:{key}" if where else str(key))
-    elif isinstance(opt, list):
-        for value in opt:
-            yield from _numbers_as_text(value, where)
-    elif isinstance(opt, str) and is_number(opt) and not where.endswith("name"):
-        yield f"{where}: {opt} is text to YAML; write {float(opt)!r} or !!float {opt}"
 
 
 def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[str]:
@@ -239,9 +273,7 @@ def _check_paired(where: str, dataset: Options) -> Iterator[str]:
     if training and scale and gt_size % scale:
         yield f"{where}:gt_size: {gt_size} is not a multiple of the scale {scale}"
     candidates = dataset.get("hardest_of", 1)
-    if not isinstance(candidates, int) or candidates < 1:
-        yield f"{where}:hardest_of: {candidates!r} is no number of crops to choose from, 1 or more"
-    elif candidates > 1 and dataset["type"] != "FastPairedImageDataset":
+    if candidates > 1 and dataset["type"] != "FastPairedImageDataset":
         yield f"{where}:hardest_of: only FastPairedImageDataset chooses; set type to it"
     elif candidates > 1 and (
         dataset.get("color") == "y" or dataset.get("mean") or dataset.get("std")
@@ -251,21 +283,29 @@ def _check_paired(where: str, dataset: Options) -> Iterator[str]:
         return
 
     roots, keys = [dataset["dataroot_lq"], dataset["dataroot_gt"]], ["lq", "gt"]
-    template = dataset.get("filename_tmpl", "{}")
-    find: Callable[[], list]
-    if backend == "lmdb":
-        find = lambda: paired_paths_from_lmdb(roots, keys)  # noqa: E731
-    elif dataset.get("meta_info_file"):
-        meta_info = dataset["meta_info_file"]
-        find = lambda: paired_paths_from_meta_info_file(roots, keys, meta_info, template)  # noqa: E731
-    else:
-        find = lambda: paired_paths_from_folder(roots, keys, template)  # noqa: E731
+    template, meta_info = dataset.get("filename_tmpl") or "{}", dataset.get("meta_info_file")
     try:
-        pairs = find()
+        if backend == "lmdb":
+            pairs = paired_paths_from_lmdb(roots, keys)
+        elif meta_info:
+            if not all(line.strip() for line in Path(meta_info).read_text().splitlines()):
+                yield f"{where}:meta_info_file: {meta_info} has an empty line; take it out"
+                return
+            pairs = paired_paths_from_meta_info_file(roots, keys, meta_info, template)
+        else:
+            pairs = paired_paths_from_folder(roots, keys, template)
     except (AssertionError, ValueError, OSError) as error:
-        yield f"{where}: lq and gt are no pairs: {error}"
+        hint = f"; filename_tmpl says how lq is named after gt, here {template}"
+        yield f"{where}: lq and gt are no pairs: {error}{hint * (backend == 'disk')}"
+        return
+    if not pairs:
+        yield f"{where}: no images in {roots[1]} itself; sub-folders are not looked into"
         return
     if not training:
+        if backend == "disk" and scale:
+            faults = [fault for pair in pairs if (fault := _pair_fault(pair, scale))]
+            more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+            yield from (f"{where}: {fault}{more}" for fault in faults[:3])
         return
     samples = len(pairs) * dataset.get("dataset_enlarge_ratio", 1)
     if samples < dataset["batch_size_per_gpu"]:
@@ -280,11 +320,33 @@ def _check_paired(where: str, dataset: Options) -> Iterator[str]:
             yield f"{where}:gt_size: {gt_size} is larger than the smallest image ({min(sizes)})"
 
 
+def _pair_fault(pair: dict[str, str], scale: int) -> str | None:
+    """What the headers of an image pair on disk tell of a fault, or None."""
+    sizes = []
+    for path in (pair["lq_path"], pair["gt_path"]):
+        try:
+            with Image.open(path) as image:
+                sizes.append(image.size)
+        except OSError as error:
+            if not os.path.isfile(path):
+                return f"no such file {path}"
+            if not cv2.haveImageReader(path):  # which knows some formats that Pillow does not
+                return f"{path} is no image, or a broken one ({first_line(error)})"
+            return None
+    if all(low * scale <= high < (low + 1) * scale for low, high in zip(*sizes, strict=True)):
+        return None
+    low, high = (f"{width}x{height}" for width, height in sizes)
+    return f"{pair['lq_path']} is {low} and its gt {high}: that is not x{scale}"
+
+
 def _root_fault(root: str, backend: str) -> str | None:
     """What is wrong with a data root, or None."""
     path = Path(root)
     if not path.is_dir():
-        return f"no such folder {root}; `mlrn prepare` makes it (see datasets/README.md)"
+        if re.search(r"(_sub\.lmdb|(GTmod|LRbicx)\d)$", root):
+            return f"no such folder {root}; `mlrn prepare` makes it (see datasets/README.md)"
+        there = next(str(folder) for folder in path.absolute().parents if folder.is_dir())
+        return f"no such folder {root}; of its path there is {there}"
     is_lmdb = (path / "data.mdb").exists()
     if backend == "disk" and is_lmdb:
         return f"{root} is an LMDB; set io_backend:type to lmdb"

@@ -7,6 +7,7 @@ BasicSR needs; `run_pipeline` adds those that belong to one run of its train or 
 from __future__ import annotations
 
 import argparse
+import glob
 import importlib
 import importlib.util
 import os
@@ -31,7 +32,7 @@ with warnings.catch_warnings():
     import basicsr  # noqa: F401
 
 from basicsr.models.base_model import BaseModel  # noqa: E402
-from basicsr.utils import MessageLogger, check_resume, get_root_logger  # noqa: E402
+from basicsr.utils import MessageLogger, check_resume, get_root_logger, get_time_str  # noqa: E402
 
 from mlrn_arch import checkpoints  # noqa: E402
 from mlrn_arch.errors import UserError  # noqa: E402
@@ -89,6 +90,21 @@ def newest_states(folder: str) -> list[str]:
     return [os.path.join(folder, f"{iteration}.state") for iteration in iterations]
 
 
+def _bring_back(folder: str, rank: int) -> None:
+    """Put an archived experiment in the place of one that is gone or holds nothing yet."""
+    models, states = (os.path.join(folder, name) for name in ("models", "training_states"))
+    archived = sorted(glob.glob(f"{glob.escape(folder)}_archived_*"), reverse=True)
+    found = next((a for a in archived if newest_states(f"{a}/training_states")), None)
+    if found and not newest_states(states) and not glob.glob(f"{glob.escape(models)}/*.pth"):
+        if rank == 0:
+            print(f"{folder} holds no training state; going on with {found}", flush=True)
+            if os.path.exists(folder):
+                os.rename(folder, f"{folder}_archived_{get_time_str()}")
+            os.rename(found, folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     """Find and load the state to resume from, or None to start anew.
 
@@ -96,6 +112,8 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     device, and takes the newest file even if a kill in the middle of its writing tore it.
     """
     wanted = opt["path"].get("resume_state")
+    if opt["auto_resume"] and not wanted:
+        _bring_back(opt["path"]["experiments_root"], opt["rank"])
     candidates = newest_states(opt["path"]["training_states"]) if opt["auto_resume"] else []
     for path in candidates or ([wanted] if wanted else []):
         network = os.path.join(
@@ -180,21 +198,19 @@ def run_pipeline(
         pipeline.MessageLogger = _MessageLogger
         # On a resume BasicSR steps the schedule once before the first optimizer step.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        try:
-            pipeline.train_pipeline(opt["root_path"])
-        except BaseException as error:
-            # Lets go of the loader, which ends its workers; at exit Python would wait for them.
-            traceback.clear_frames(error.__traceback__)
-            if isinstance(error, UserError):  # out of a worker it comes wrapped in a traceback
-                raise UserError(str(error).rpartition("UserError: ")[2]) from None
-            for symptom, reason in _DEATHS.items():
-                if isinstance(error, RuntimeError) and symptom in str(error):
-                    raise UserError(
-                        f"{reason}; the same command with --auto_resume goes on from the last "
-                        f"save ({_first_line(error)})"
-                    ) from None
-            raise
-    else:
-        pipeline.test_pipeline(opt["root_path"])
+    try:
+        getattr(pipeline, f"{phase}_pipeline")(opt["root_path"])
+    except BaseException as error:
+        # Lets go of the loader, which ends its workers; at exit Python would wait for them.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, UserError):  # out of a worker it comes wrapped in a traceback
+            raise UserError(str(error).rpartition("UserError: ")[2]) from None
+        for symptom, reason in _DEATHS.items():
+            if isinstance(error, RuntimeError) and symptom in str(error):
+                raise UserError(
+                    f"{reason}; the same command with --auto_resume goes on from the last "
+                    f"save ({_first_line(error)})"
+                ) from None
+        raise
     if opt["dist"]:
         torch.distributed.destroy_process_group()

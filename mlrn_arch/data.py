@@ -121,29 +121,40 @@ class ResumableSampler(EnlargedSampler):
             yield first + position, index
 
 
-class _SeededDataset(torch.utils.data.Dataset):
-    """Seeds every sample by its number, and names the sample that cannot be made."""
+class _Named(torch.utils.data.Dataset):
+    """A data set that names the image which cannot be read."""
 
-    def __init__(self, dataset: torch.utils.data.Dataset, seed: int) -> None:
+    def __init__(self, dataset: torch.utils.data.Dataset) -> None:
         self.dataset = dataset
-        self.seed = seed
         self.opt = dataset.opt
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, numbered: tuple[int, int]) -> dict[str, Any]:
-        number, index = numbered
-        random.seed(f"{self.seed}:{number}")
-        np.random.seed(random.getrandbits(32))
+    def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             return self.dataset[index]
         except Exception as error:
             name = getattr(self.dataset, "paths", {index: index})[index]
+            kind = "training image" if self.opt["phase"] == "train" else "image"
             raise UserError(
-                f"training image {name} of {self.opt.get('dataroot_gt')} cannot be read: "
+                f"{kind} {name} of {self.opt.get('dataroot_gt')} cannot be read: "
                 f"{type(error).__name__}: {error}; restore or prepare the data set again"
             ) from None
+
+
+class _Seeded(_Named):
+    """Seeds every sample by its number."""
+
+    def __init__(self, dataset: torch.utils.data.Dataset, seed: int) -> None:
+        super().__init__(dataset)
+        self.seed = seed
+
+    def __getitem__(self, numbered: tuple[int, int]) -> dict[str, Any]:
+        number, index = numbered
+        random.seed(f"{self.seed}:{number}")
+        np.random.seed(random.getrandbits(32))
+        return super().__getitem__(index)
 
 
 def build_dataloader(
@@ -160,9 +171,9 @@ def build_dataloader(
     repeat the same crops. Here the samples carry the seeds.
     """
     if dataset_opt["phase"] != "train":
-        return build_stock_dataloader(dataset, dataset_opt, num_gpu, dist, sampler, seed)
+        return build_stock_dataloader(_Named(dataset), dataset_opt, num_gpu, dist, sampler, seed)
     dataset_opt = {**dataset_opt, "persistent_workers": dataset_opt["num_worker_per_gpu"] > 0}
-    seeded = _SeededDataset(dataset, seed)
+    seeded = _Seeded(dataset, seed)
     loader = build_stock_dataloader(seeded, dataset_opt, num_gpu, dist, sampler, seed)
     loader.worker_init_fn = _start_worker
     sampler.batch_size = loader.batch_size * sampler.num_replicas

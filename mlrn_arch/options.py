@@ -22,7 +22,7 @@ from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info, init_dist
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from mlrn_arch import checks, machine, networks
+from mlrn_arch import checks, keys, machine, networks
 from mlrn_arch.errors import UserError
 from mlrn_arch.machine import DTYPES
 from mlrn_arch.models.fast_sr_model import FastSRModel
@@ -120,7 +120,8 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
     opt = load_yaml(args.opt)
     required = checks.REQUIRED + checks.REQUIRED_TRAIN * is_train
     faults = _force(opt, args.force_yml) or [
-        f"{key}: is missing" for key in checks.missing_keys(opt, required)
+        *(f"{key}: is missing" for key in checks.missing_keys(opt, required)),
+        *keys.check(opt),
     ]
     if faults:  # without these the rest cannot be looked at
         raise _refusal(args.opt, faults)
@@ -180,11 +181,11 @@ def _force(opt: Options, entries: Sequence[str]) -> list[str]:
         *sections, key = (part.strip() for part in where.split(":"))
         try:
             value = None if text.strip().lower() == "none" else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            faults.append(f"--force_yml {entry}: not a plain value: {error.problem}")
-            continue
-        if isinstance(value, str) and is_number(value):
-            value = float(value)  # 5e-4 is text to YAML, but here it cannot be meant so
+        except (yaml.YAMLError, ValueError):  # ValueError: 2023-13-01
+            value = text  # such as {}x4, the names of DIV2K's LR images
+        if isinstance(value, str) and is_number(value) and key != "name":
+            # 5e-4 is text to YAML, but here it cannot be meant so.
+            value = int(value) if value.isdecimal() else float(value)
         section: Any = opt
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
@@ -216,14 +217,13 @@ def _set_defaults_and_paths(opt: Options) -> list[str]:
         if dataset is None:  # `--force_yml datasets:val=none` drops a set
             del opt["datasets"][key]
             continue
-        if not isinstance(dataset, dict):
-            continue  # checks.check tells
         dataset["phase"] = key.split("_")[0]
         if "scale" in opt:
             dataset["scale"] = opt["scale"]
         roots = [name for name in ("dataroot_gt", "dataroot_lq") if dataset.get(name)]
-        for name in roots:
-            dataset[name] = os.path.expanduser(dataset[name])
+        for name in (*roots, "meta_info_file"):
+            if dataset.get(name):  # a shell's completion ends folders in a slash
+                dataset[name] = os.path.normpath(os.path.expanduser(dataset[name]))
         # A benchmark set that was never prepared is no fault of the option file.
         if not opt["is_train"] and roots and not any(os.path.exists(dataset[n]) for n in roots):
             notes.append(f"Skipping {dataset.get('name', key)}: no {dataset[roots[0]]}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mlrn_arch import compat, errors, options
+from mlrn_arch import compat, data, errors, options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Test as an option file says; raises `UserError` for a fault in it. Returns 0."""
-    compat.run_pipeline("test", *options.read("test", argv))
+    read = options.read("test", argv)
+    compat.run_pipeline("test", *read, build_dataloader=data.build_dataloader)
     return 0
 
 

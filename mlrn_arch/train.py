@@ -16,7 +16,9 @@ from mlrn_arch.models.fast_sr_model import FastSRModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as an option file says; raises `UserError` for a fault in it. Returns 0."""
+    """Train as an option file says; raises `UserError` for a fault in it.
+
+    Returns 0, or 1 if a validation failed."""
     opt, args, notes = options.read("train", argv)
     replaced = replacements(opt)
     if replaced:
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.time_limit is not None:
         raise errors.UserError(f"--time_limit: {opt['model_type']} cannot; FastSRModel can")
     compat.run_pipeline("train", opt, args, notes, **replaced)
-    return 0
+    return int(FastSRModel.validation_failed)
 
 
 def replacements(opt: dict[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def mlrn_here(monkeypatch, capsys):
 def log(caplog, monkeypatch):
     """`caplog` of BasicSR's logger, which propagates nothing."""
     logger = logging.getLogger("basicsr")
+    caplog.set_level(logging.INFO, "basicsr")
     monkeypatch.setattr(logger, "handlers", [*logger.handlers, caplog.handler])
     return caplog
 

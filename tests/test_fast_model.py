@@ -22,10 +22,18 @@ from basicsr.archs import build_network
 from basicsr.data import build_dataset
 from basicsr.losses import build_loss
 from basicsr.metrics import calculate_psnr
-from conftest import REPOSITORY, make_fast, mlrn, start_training, write_yaml
+from conftest import (
+    REPOSITORY,
+    make_fast,
+    make_train_options,
+    mlrn,
+    start_training,
+    write_yaml,
+)
 
 from mlrn_arch import compat, machine, options
 from mlrn_arch.errors import UserError
+from mlrn_arch.models.fast_sr_model import FastSRModel
 from mlrn_arch.models.muon import Muon, inner_weights
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="checks what holds on the CPU")
@@ -366,6 +374,46 @@ def test_the_end_of_a_short_run(tmp_path, fast_options, mlrn_here, monkeypatch, 
     assert mlrn_here("train", "-opt", path)[0] == 0
     assert "prefetch_mode cpu off" in log.text and "@ 8 iter" in log.text
     assert re.findall(r"eta: (.+?), time", log.text)[-1] == "0:00:00"
+
+
+def test_an_image_that_only_decoding_shows_to_be_broken(
+    tmp_path, test_options, paired_data, mlrn_here, monkeypatch, restore_stop, log
+):
+    """A test names it; a validation too, but training goes on, and ends with another code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FastSRModel, "validation_failed", False)
+    shutil.copytree(paired_data / "gt", tmp_path / "gt")
+    broken = tmp_path / "gt/image3.png"
+    broken.write_bytes(broken.read_bytes()[:60])  # the header and no more
+    fast_options = make_fast(make_train_options(paired_data))
+    fast_options["datasets"]["val"]["dataroot_gt"] = str(tmp_path / "gt")
+    fast_options["train"]["total_iter"] = 4
+    fast_options["val"]["val_freq"] = 2
+    assert mlrn_here("train", "-opt", write_yaml(tmp_path / "tiny.yml", fast_options))[0] == 1
+    assert re.search("Validation of tiny_val failed: .*image3.*; training goes on", log.text)
+    assert (tmp_path / "experiments/tiny/models/net_g_latest.pth").exists()
+
+    test_options["datasets"]["test_1"]["dataroot_gt"] = str(tmp_path / "gt")
+    path = write_yaml(tmp_path / "test.yml", test_options)
+    code, _, err = mlrn_here("test", "-opt", path)
+    assert code == 2 and "Traceback" not in err
+    assert re.search("mlrn test: image .*image3.*cannot be read", err)
+
+
+def test_an_archived_run_is_not_hidden_by_an_empty_one(
+    tmp_path, fast_options, mlrn_here, monkeypatch, restore_stop, log
+):
+    monkeypatch.chdir(tmp_path)
+    fast_options["train"]["total_iter"] = 10
+    path = write_yaml(tmp_path / "tiny.yml", fast_options)
+    assert mlrn_here("train", "-opt", path)[0] == 0
+    archived = "experiments/tiny_archived_20260101_000000"
+    os.rename("experiments/tiny", archived)
+    os.makedirs("experiments/tiny/models")
+    force = ["--force_yml", "train:total_iter=12"]
+    code, out, _ = mlrn_here("train", "-opt", path, "--auto_resume", *force)
+    assert code == 0 and f"going on with {tmp_path}/{archived}" in out
+    assert "Resuming training from epoch: 0, iter: 10" in log.text
 
 
 def test_the_first_of_equal_scores_is_the_best(build, fast_options):

@@ -6,13 +6,14 @@ import re
 import shlex
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, mlrn, write_yaml
 
-from mlrn_arch import options
+from mlrn_arch import checks, options
 from mlrn_arch.errors import UserError
 
 
@@ -39,16 +40,16 @@ REFUSED = [
     ("datasets:val:dataroot_lq", None, "datasets:val:dataroot_lq: is missing"),
     ("datasets:train:io_backend:type", "disk", "gt.lmdb is an LMDB; set io_backend:type to lmdb"),
     ("datasets:val:io_backend:type", "lmdb", "is a plain folder, no LMDB; set io_backend:type"),
-    ("datasets:val:io_backend:type", "lmbd", "unknown 'lmbd'; did you mean lmdb"),
+    ("datasets:val:io_backend:type", "lmbd", "must be disk or lmdb or memcached, not 'lmbd'"),
     ("datasets:train:gt_size", 31, "datasets:train:gt_size: 31 is not a multiple of the scale 2"),
     ("datasets:train:gt_size", 128, "gt_size: 128 is larger than the smallest image (64)"),
-    ("datasets:train:hardest_of", 0, "hardest_of: 0 is no number of crops to choose from"),
+    ("datasets:train:hardest_of", 0, "hardest_of: must be a whole number, 1 or more, not 0"),
     ("datasets:train:hardest_of", 4, "hardest_of: only FastPairedImageDataset chooses"),
     ("datasets:train:batch_size_per_gpu", 900, "8 images are less than one batch of 900"),
     ("train:pixel_opt:type", "L1", "train:pixel_opt:type: unknown 'L1'; did you mean L1Loss"),
     ("train:pixel_opt", None, "train: has no loss"),
     ("train:pixel_opt:reduction", "median", "L1Loss refuses these arguments: Unsupported reduc"),
-    ("train:pixel_opt", "L1Loss", "train:pixel_opt:type: unknown"),
+    ("train:pixel_opt", "L1Loss", "train:pixel_opt: must be a section of `key: value` lines"),
     ("train:optim_g:type", "adam", "train:optim_g:type: unknown 'adam'; did you mean Adam"),
     ("train:optim_g:lr", "5e-4", "train:optim_g:lr: 5e-4 is text to YAML; write 0.0005"),
     ("train:scheduler:type", "Step", "train:scheduler:type: unknown 'Step'"),
@@ -58,6 +59,26 @@ REFUSED = [
     ("val:val_freq", None, "val:val_freq: is missing"),
     ("datasets:train:type", "FastPairedImageDataset", "gives bytes, which SRModel cannot take"),
     ("path:pretrain_network_g", "/no/net.pth", "no such file /no/net.pth"),
+    ("train:precison", "bf16", "train:precison: nothing reads it; did you mean precision?"),
+    ("datasets:train:hardest_off", 2, "nothing reads it; did you mean hardest_of?"),
+    ("logger:keeplast", 3, "logger:keeplast: nothing reads it; did you mean keep_last?"),
+    ("notes", "mine", "notes: nothing reads it; begin the name of a note of your own with x_"),
+    ("train:grad_clip", "x", "train:grad_clip: must be a number above 0, not 'x'"),
+    ("train:scheduler:gama", 0.5, "train:scheduler: MultiStepLR takes no 'gama'; did you mean"),
+    ("train:scheduler:milestones", 200000, "train:scheduler:milestones: must be a list"),
+    ("train:optim_g:wieght_decay", 0, "train:optim_g: Adam takes no 'wieght_decay'; did you"),
+    ("name", 20240101, "name: must be the name of a folder, without / and in quotes if it"),
+    ("name", "a/b", "name: must be the name of a folder"),
+    ("scale", "x4", "scale: must be a whole number, 1 or more, not 'x4'"),
+    ("datasets:train:batch_size_per_gpu", 0, "batch_size_per_gpu: must be a whole number, 1"),
+    ("datasets:train:num_worker_per_gpu", -1, "num_worker_per_gpu: must be a whole number, 0"),
+    ("datasets:train:prefetch_mode", "gpu", "prefetch_mode: must be cuda or cpu, not 'gpu'"),
+    ("datasets:val:filename_tmpl", "x4", "filename_tmpl: must be text with one {}, not 'x4'"),
+    ("logger:print_freq", 0, "logger:print_freq: must be a whole number, 1 or more, not 0"),
+    ("num_gpu", -1, "num_gpu: must be auto or a whole number, 0 or more, not -1"),
+    ("path:resume_state", 4, "path:resume_state: must be text, not 4"),
+    ("datasets:train:gt_size", "64", "gt_size: 64 is text to YAML; write 64"),
+    ("val:metrics:psnr:crop_border", "2px", "crop_border: must be a whole number, 0 or more"),
 ]
 
 
@@ -73,21 +94,71 @@ def test_refusal(tmp_path, monkeypatch, train_options, where, value, message):
 
 def test_refusals_of_fast_options(tmp_path, fast_options):
     fast_options["datasets"]["train"].update(hardest_of=2, color="y")
-    fast_options["train"]["precision"] = "bf61"
-    fast_options["val"].update(precision="int8", save_best="ssim")
+    fast_options["val"].update(save_best="ssim")
+    fast_options["train"]["optim_g"]["fused"] = False
     with pytest.raises(UserError) as error:
         read(tmp_path, fast_options)
     for message in (
         "datasets:train:hardest_of: chooses in RGB only",
-        "train:precision: unknown 'bf61'; did you mean bf16",
-        "val:precision: unknown 'int8'; known are bf16, fp16, fp32",
+        "train:optim_g:fused: is FastSRModel's own affair; leave it out",
         "val:save_best: unknown 'ssim'; known are psnr; it must be one of val:metrics",
     ):
         assert message in str(error.value)
 
 
+def test_what_the_headers_of_test_images_tell(tmp_path, test_options, paired_data):
+    """Nothing is started; stock ends in a traceback, in the middle."""
+    import shutil
+
+    dataset = test_options["datasets"]["test_1"]
+    for name in ("gt", "lq"):
+        shutil.copytree(paired_data / name, tmp_path / name)
+        dataset[f"dataroot_{name}"] = str(tmp_path / name)
+    (tmp_path / "lq/image1.png").write_bytes(b"")
+    (tmp_path / "lq/image2.png").write_bytes(b"no image")
+    cv2.imwrite(str(tmp_path / "lq/image3.png"), np.zeros((16, 16, 3), np.uint8))
+    dataset["color"] = "y"
+    with pytest.raises(UserError) as error:
+        read(tmp_path, test_options, "test")
+    for message in (
+        "lq/image1.png is no image, or a broken one",
+        "lq/image2.png is no image, or a broken one",
+        "lq/image3.png is 16x16 and its gt 64x64: that is not x2",
+        "gives 1 channel(s), network_g takes 3; leave color out",
+    ):
+        assert message in str(error.value)
+    for name in ("gt", "lq"):
+        (tmp_path / name / "deep").mkdir()
+        for path in (tmp_path / name).glob("*.png"):
+            path.rename(path.parent / "deep" / path.name)
+    with pytest.raises(UserError, match="gt itself; sub-folders are not looked into"):
+        read(tmp_path, test_options, "test")
+
+
+def test_wandb_is_looked_for_before_anything_is_moved(tmp_path, train_options, monkeypatch):
+    train_options["logger"].update(use_tb_logger=False, wandb={"project": "mlrn"})
+    monkeypatch.setattr(checks, "missing", lambda *names: [n for n in names if n == "wandb"])
+    with pytest.raises(UserError) as error:
+        read(tmp_path, train_options)
+    assert "set use_tb_logger: true" in str(error.value)
+    assert "pip install wandb" in str(error.value)
+
+
+def test_periods_must_last(tmp_path, train_options):
+    """BasicSR's schedule ends in a TypeError at the first step after its last period."""
+    scheduler = {"type": "CosineAnnealingRestartLR", "periods": [30], "restart_weights": [1]}
+    train_options["train"]["scheduler"] = scheduler
+    with pytest.raises(UserError, match="train:scheduler:periods: end at 30, before total_iter"):
+        read(tmp_path, train_options)
+
+
 def test_a_right_file_is_not_refused(tmp_path, train_options):
+    train_options["x_mine"] = train_options["train"]["x_why"] = "a note"
+    train_options["val"]["val_freq"] = 2e1  # BasicSR's files have !!float 5e3
+    train_options["datasets"]["train"]["dataroot_gt"] += "/"
     opt, _, _ = read(tmp_path, train_options)
+    assert isinstance(opt["val"]["val_freq"], int)
+    assert opt["datasets"]["train"]["dataroot_gt"].endswith("gt.lmdb")
     assert opt["path"]["models"].endswith("experiments/tiny/models")
 
 
@@ -179,7 +250,7 @@ def test_force_yml(tmp_path, train_options):
         "train:total_iters=3": "did you mean total_iter",
         "training:total_iter=3": "no section training",
         "name": "KEY:KEY=VALUE",
-        "name=!!python/name:os.system": "not a plain value",
+        "name=!!python/name:os.system": "name: must be the name of a folder",
     }.items():
         with pytest.raises(UserError, match=message):
             read(tmp_path, train_options, "train", "--force_yml", entry)

@@ -67,6 +67,7 @@ class FastSRModel(SRModel):
 
     sampler: ResumableSampler | None = None  # set by `mlrn train`; its position is saved
     stop_signal = 0  # of the process, so of the class
+    validation_failed = False  # likewise
     partial = False  # while the metrics are those of one process among several
 
     def __init__(self, opt: dict[str, Any]) -> None:
@@ -243,8 +244,18 @@ class FastSRModel(SRModel):
             current_iter = min(current_iter, self.opt["train"]["total_iter"])
         self.current_iter = current_iter
         since = time.monotonic()
-        super().validation(dataloader, current_iter, tb_logger, save_img)
-        self.samples_since += time.monotonic() - since
+        try:
+            super().validation(dataloader, current_iter, tb_logger, save_img)
+        except Exception as error:
+            if not self.is_train:
+                raise
+            FastSRModel.validation_failed = True
+            name = dataloader.dataset.opt["name"]
+            reason = str(error).rpartition("UserError: ")[2]  # out of a worker with a traceback
+            get_root_logger().error(f"Validation of {name} failed: {reason}; training goes on")
+            return
+        finally:
+            self.samples_since += time.monotonic() - since
         metric = self.opt["val"].get("save_best")
         if self.is_train and metric and self.opt["rank"] == 0:
             first, records = next(iter(self.best_metric_results.items()))
@@ -254,7 +265,7 @@ class FastSRModel(SRModel):
     def dist_validation(
         self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool
     ) -> None:
-        """Validate every world_size-th image here; `_log_validation_metric_values` brings together.
+        """Validate every world_size-th image here; `_gather` brings them together.
 
         A process for which no image is left takes the first, and does not count it.
         """
@@ -263,7 +274,16 @@ class FastSRModel(SRModel):
         shard = torch.utils.data.Subset(dataloader.dataset, own or [0])
         shard.opt = dataloader.dataset.opt
         loader = torch.utils.data.DataLoader(shard, num_workers=dataloader.num_workers)
-        self.nondist_validation(loader, current_iter, tb_logger, save_img)
+        failure = None
+        try:
+            self.nondist_validation(loader, current_iter, tb_logger, save_img)
+        except Exception as error:  # told after the others, who must not wait for this process
+            failure = error
+        failures = torch.tensor(float(failure is not None), device=self.device)
+        torch.distributed.all_reduce(failures)
+        if failure or failures:
+            raise failure or UserError("another process could not validate its images")
+        self._gather(current_iter, shard.opt["name"], tb_logger)
 
     def _initialize_best_metric_results(self, dataset_name: str) -> None:
         before = getattr(self, "best_metric_results", {})
@@ -285,17 +305,22 @@ class FastSRModel(SRModel):
     def _log_validation_metric_values(
         self, current_iter: int, dataset_name: str, tb_logger: Any
     ) -> None:
-        if self.opt["dist"]:
-            sums = [value * self.counted for value in self.metric_results.values()]
-            sums = torch.tensor([*sums, self.counted], dtype=torch.float64, device=self.device)
-            torch.distributed.all_reduce(sums)
-            *sums, count = sums.tolist()
-            self.partial = False
-            for metric, total in zip(self.metric_results, sums, strict=True):
-                self.metric_results[metric] = total / count
-                self._update_best_metric_result(dataset_name, metric, total / count, current_iter)
-        if self.opt["rank"] == 0:
+        if not self.partial and self.opt["rank"] == 0:
             super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
+
+    def _gather(self, current_iter: int, dataset_name: str, tb_logger: Any) -> None:
+        """The metrics of all processes' images from those of each."""
+        self.partial = False
+        if not self.opt["val"].get("metrics"):
+            return
+        sums = [value * self.counted for value in self.metric_results.values()]
+        sums = torch.tensor([*sums, self.counted], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(sums)
+        *sums, count = sums.tolist()
+        for metric, total in zip(self.metric_results, sums, strict=True):
+            self.metric_results[metric] = total / count
+            self._update_best_metric_result(dataset_name, metric, total / count, current_iter)
+        self._log_validation_metric_values(current_iter, dataset_name, tb_logger)
 
     def save(self, epoch: int, current_iter: int) -> None:
         """Write the networks and the training state, each of them whole or not at all.

@@ -22,7 +22,7 @@ class Muon(torch.optim.Adam):
         rest: Adam's parameters.
         lr: Learning rate, the root mean square of what a step adds to a weight; Adam's fit.
         momentum: Of Muon's gradient, in Nesterov's form.
-        adam: Adam's other arguments.
+        betas, eps, weight_decay: Adam's.
     """
 
     def __init__(
@@ -31,10 +31,13 @@ class Muon(torch.optim.Adam):
         rest: Iterable[nn.Parameter],
         lr: float,
         momentum: float = 0.95,
-        **adam: Any,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
     ) -> None:
         groups = [{"params": list(rest)}, {"params": list(inner), "momentum": momentum}]
-        super().__init__([group for group in groups if group["params"]], lr, fused=True, **adam)
+        groups = [group for group in groups if group["params"]]
+        super().__init__(groups, lr, betas, eps, weight_decay, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:

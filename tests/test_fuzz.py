@@ -1,0 +1,83 @@
+"""Whatever stands in an option file, reading it succeeds or ends in a sentence; nothing is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from basicsr.utils.lmdb_util import make_lmdb_from_imgs
+from conftest import REPOSITORY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlrn_arch import options
+from mlrn_arch.errors import UserError
+
+FILES = sorted((REPOSITORY / "options").rglob("*.yml"))
+WRONG = st.one_of(
+    st.sampled_from([None, True, False, 0, -1, 1, 2.5, 1e30, float("nan"), float("inf"), "", " "]),
+    st.sampled_from(["4", "5e-4", "x4", "a/b", "..", "~", "{}", "{}{", "none", "\0", [], {}, [[]]]),
+    st.sampled_from([[None], [0, "a"], {"type": None}, {"type": "MLRN"}, {"a": {"b": 1}}]),
+    st.integers(),
+    st.text(max_size=4),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Four pairs of images for every scale, as the LMDBs that the files name."""
+    root = tmp_path_factory.mktemp("fuzz")
+    for kind in ("gt", "x2", "x3", "x4"):
+        (root / kind).mkdir()
+        side = 288 // int(kind[1]) if kind != "gt" else 288
+        for i in range(4):
+            cv2.imwrite(str(root / kind / f"{i}.png"), np.zeros((side, side, 3), np.uint8))
+        files, keys = [f"{i}.png" for i in range(4)], [str(i) for i in range(4)]
+        make_lmdb_from_imgs(
+            str(root / kind), str(root / f"{kind}.lmdb"), files, keys, map_size=2**24
+        )
+    return root
+
+
+def places(section: dict, where: tuple = ()) -> Iterator[tuple]:
+    for key, value in section.items():
+        yield (*where, key)
+        if isinstance(value, dict):
+            yield from places(value, (*where, key))
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_value_at_any_key(folder, data):
+    file = data.draw(st.sampled_from(FILES))
+    opt = deepcopy(yaml.safe_load(file.read_text()))
+    for dataset in opt["datasets"].values():
+        suffix = ".lmdb" if dataset["io_backend"]["type"] == "lmdb" else ""
+        dataset["dataroot_gt"] = f"{folder}/gt{suffix}"
+        dataset["dataroot_lq"] = f"{folder}/x{opt['scale']}{suffix}"
+    *sections, key = data.draw(st.sampled_from(sorted(places(opt))))
+    section = opt
+    for name in sections:
+        section = section[name]
+    section[key] = data.draw(WRONG)
+    phase = file.name.split("_")[0]
+    try:
+        path = folder / "case.yml"
+        path.write_text(yaml.safe_dump(opt, allow_unicode=True))
+    except (yaml.YAMLError, UnicodeEncodeError):
+        return
+    before, cwd = sorted(os.listdir(folder)), os.getcwd()
+    os.chdir(folder)
+    try:
+        options.read(phase, ["-opt", "case.yml"])
+    except UserError:
+        pass
+    finally:
+        os.chdir(cwd)
+    assert sorted(os.listdir(folder)) == before
