@@ -273,10 +273,14 @@ def go_on(build, fast_options: dict, model, step: int):
     return later
 
 
-@pytest.mark.parametrize("saved_by", ["SRModel", "FastSRModel"])
-def test_any_state_goes_on_as_if_nothing_had_stopped(build, train_options, saved_by):
+@pytest.mark.parametrize(
+    ("saved_by", "optimizer"),
+    [("SRModel", "Adam"), ("FastSRModel", "Adam"), ("FastSRModel", "Muon")],
+)
+def test_any_state_goes_on_as_if_nothing_had_stopped(build, train_options, saved_by, optimizer):
     """That of stock, and that of a model of another memory format."""
     first = {**deepcopy(train_options), "model_type": saved_by}
+    first["train"]["optim_g"]["type"] = optimizer
     first["train"]["ema_decay"] = 0
     other = make_fast(deepcopy(first))
     other["train"]["channels_last"] = False

@@ -57,6 +57,9 @@ class Muon(torch.optim.Adam):
             self.param_groups = groups
         return loss
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # Adam's looks for its own moments
+
     def _turn(self, group: dict[str, Any]) -> None:
         found_inf = getattr(self, "found_inf", None)
         updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
