@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
@@ -22,6 +21,7 @@ from conftest import REPOSITORY, mlrn
 from PIL import Image
 
 from mlrn_arch.errors import UserError
+from mlrn_arch.inference import backends
 from mlrn_arch.inference.resize import imresize
 from mlrn_arch.tools import prepare
 
@@ -169,15 +169,8 @@ def test_every_kind_of_image_and_what_is_said_of_it(tmp_path, capsys):
     jpeg = decoded(hr["turned_jpg_s001"])[..., ::-1].astype(int)
     assert np.abs(jpeg - rgb[:84]).mean() < 3
     said = capsys.readouterr().out
-    assert "2 other or hidden files" in said
-    for text in (
-        "2 grey (stored with 3 equal channels)",
-        "1 with a palette",
-        "3 with transparency",
-        "3 of 16 bits",
-        "3 turned",
-    ):
-        assert text in said
+    assert "2 grey (stored with 3 equal channels); 3 of 16 bits" in said
+    assert "3 with transparency" in said and f"{len(expected) + 1} of {len(expected) + 1}" in said
 
 
 def test_deep_tiffs_that_opencv_misreads(tmp_path, capsys):
@@ -313,12 +306,12 @@ def test_a_scale_is_only_added_for_the_images_of_the_hr(photos, tmp_path, capsys
     assert run(photos, out, *SMALL, "--scale", 3) == 1
     assert "0003.png: not in" in capsys.readouterr().err
     cv2.imwrite(str(photos / "0002.bmp"), photo(72, 144))  # would be cut into more
-    with pytest.raises(UserError, match="0002.bmp"):
+    with pytest.raises(UserError, match="no longer gives the sub-images of 0002"):
         run(photos, out, *SMALL, "--scale", 4)
     (photos / "0001.png").unlink()
-    with pytest.raises(UserError, match="0001"):
+    with pytest.raises(UserError, match="no longer gives the sub-images of 0001"):
         run(photos, out, *SMALL, "--scale", 4)
-    assert not (out / "D_train_LR_bicubic_X4_sub.lmdb").exists()
+    assert [p.name for p in out.iterdir() if "X4" in p.name or p.name.startswith(".")] == []
 
 
 def test_foreign_lmdbs_are_not_taken_for_ours(photos, tmp_path):
@@ -357,6 +350,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def waiting(*arguments, stream=prepare._stream):
     for number, result in enumerate(stream(*arguments)):
         if number == 5:
+            print("waiting", flush=True)
             time.sleep(100)
         yield result
 
@@ -364,25 +358,25 @@ prepare._COMMIT_BYTES, prepare._stream = 0, waiting
 sys.exit(cli.main())
 """
     command = [sys.executable, "-c", script, "prepare", str(many), str(out), *settings]
-    journal = out / ".D.partial" / "journal"
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        done = journal.read_text().count("}") if journal.exists() else 0
         with subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
-            while not journal.exists() or journal.read_text().count("}") <= done:
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.01)
+            while "waiting" not in (line := process.stdout.readline()):
+                assert line, process.stderr.read()
             process.send_signal(number)
             error = process.communicate()[1]
         assert process.returncode == code, error
         assert "Traceback" not in error and error.count("\n") <= 1
         assert [p.name for p in out.iterdir()] == [".D.partial"]  # nothing that looks finished
         assert not list(out.rglob("meta_info.txt"))
-        with open(journal, "a") as torn:
-            torn.write('{"key": "0039", "cou')
     with pytest.raises(UserError, match="unfinished run"):
         run(many, out, *settings, "--scale", 2)
+    # of an image that only some of the LMDBs have, as after a kill between two commits
+    with lmdb.open(str(out / ".D.partial/D_train_HR_sub.lmdb")) as env:
+        with env.begin(write=True) as transaction:
+            transaction.put(b"0012_s001", b"torn")
+    assert len(prepare._counts(out / ".D.partial/D_train_LR_bicubic_X4_sub.lmdb")) == 10
     assert run(many, out, *settings) == 0
     for folder in whole.iterdir():
         assert records(out / folder.name) == records(folder)
@@ -392,61 +386,61 @@ sys.exit(cli.main())
     assert len(list(out.iterdir())) == 4
 
 
-@pytest.mark.parametrize("renames", range(9))
-def test_a_kill_while_results_are_put_into_place(photos, tmp_path, monkeypatch, renames):
+@pytest.mark.parametrize("steps", range(10))
+def test_a_kill_while_results_are_put_into_place(photos, tmp_path, monkeypatch, steps):
     out = tmp_path / "D"
-    overwrite = ("--overwrite",)
     assert run(photos, out, "--crop-size", 72, "--step", 72) == 0
-    left, rename = renames, Path.rename
+    left = steps
 
     class Killed(BaseException):
         pass
 
-    def dying(self, target):
-        nonlocal left
-        if left == 0:
-            raise Killed
-        left -= 1
-        return rename(self, target)
+    def dying(step):
+        def call(*arguments, **named):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return step(*arguments, **named)
 
-    monkeypatch.setattr(Path, "rename", dying)
+        return call
+
+    publish = prepare._publish
+
+    def watched(unfinished):
+        monkeypatch.setattr(Path, "rename", dying(Path.rename))
+        monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
+        publish(unfinished)
+
+    monkeypatch.setattr(prepare, "_publish", watched)
+    killed = steps < 9
     try:
-        run(photos, out, *SMALL, *overwrite)
-        assert renames == 8
+        run(photos, out, *SMALL, "--overwrite")
     except Killed:
         pass
     monkeypatch.undo()
-    assert run(photos, out, *SMALL) == 0
+    assert killed == (left < 0)
+    # The old ones are gone or whole, and the same command ends what was begun.
+    assert run(photos, out, *SMALL, "--overwrite") == 0
     assert sorted(p.name for p in out.iterdir())[0] == "D_train_HR_sub.lmdb"
     for folder in out.iterdir():
         assert json.loads((folder / "prepare.json").read_text())["step"] == 36
         assert len(records(folder)) == 15
 
 
-def test_an_image_that_changed_since_the_kill_is_noticed(photos, tmp_path, monkeypatch):
-    out = tmp_path / "D"
-    monkeypatch.setattr(prepare, "_publish", lambda unfinished: (unfinished / "ready").unlink())
-    with pytest.raises(UserError):  # there is nothing where it should be
-        run(photos, out, *SMALL)
-    monkeypatch.undo()
-    cv2.imwrite(str(photos / "0002.bmp"), photo(72, 84))
-    with pytest.raises(UserError, match="0002 has changed"):
-        run(photos, out, *SMALL)
-
-
 @pytest.mark.parametrize(
     "function, error, arguments",
     [
-        ("_write_png", OSError(28, "No space left on device"), ("--benchmark",)),
+        ("_pair", OSError(28, "No space left on device"), ("--benchmark",)),
         ("_build", lmdb.Error("mdb_txn_commit: Input/output error"), SMALL),
     ],
 )
 def test_full_disk_is_one_sentence(photos, tmp_path, monkeypatch, function, error, arguments):
-    def full(*_):
+    def full(*_, **__):
         raise error
 
     monkeypatch.setattr(prepare, function, full)
-    with pytest.raises(UserError, match="is full, or fails; free some space"):
+    with pytest.raises(UserError, match="cannot write to .*; if its disk is full, free some space"):
         run(photos, tmp_path / "D", *arguments)
 
 
@@ -457,7 +451,7 @@ def test_benchmark_folders(photos, tmp_path, capsys):
     grey = photo(50, 61)[..., 0]
     cv2.imwrite(str(photos / "grey.png"), grey)
     assert run(photos, out, "--benchmark") == 0
-    assert "1 grey (kept grey)" in capsys.readouterr().out
+    assert "1 grey\n" in capsys.readouterr().out
     for scale in (2, 3, 4):
         gt = cv2.imread(str(out / f"GTmod{scale}/0001.png"), cv2.IMREAD_UNCHANGED)
         lq = cv2.imread(str(out / f"LRbicx{scale}/0001.png"), cv2.IMREAD_UNCHANGED)
@@ -527,7 +521,7 @@ def compact(tmp_path) -> tuple[str, str]:
 def test_a_teachers_output_in_place_of_hr(photos, tmp_path, compact, known_by, monkeypatch):
     if known_by == "spandrel":
         pytest.importorskip("spandrel")
-    monkeypatch.setattr(prepare, "computes_in_bf16", lambda: False)
+    monkeypatch.setattr(backends, "computes_in_bf16", lambda: False)
     teacher = compact[known_by == "spandrel"]
     sizes = ["--crop-size", 24, "--step", 24, "--shrink", 3, 4]
     assert run(photos, tmp_path / "D", "--scale", 2, "--teacher", teacher, *sizes) == 0

@@ -296,13 +296,16 @@ def test_sixteen_bits(run, tmp_path, network, suffix, channels):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["photo.jpg", "deep.png", "deep.tif"])
+@pytest.mark.parametrize("name", ["photo.jpg", "deep.png", "deep.tif", "flat.tif"])
 def test_orientation_and_exif(run, tmp_path, network, orientation, name):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = orientation, "A camera"
     if name == "photo.jpg":
         image = smooth(30, 44, 3)
         Image.fromarray(image).save(tmp_path / name, exif=exif, quality=100, subsampling=0)
+    elif name == "flat.tif":
+        image = smooth(30, 44, 3)
+        Image.fromarray(image).save(tmp_path / name, exif=exif, icc_profile=ICC)
     elif name == "deep.png":
         image = smooth(30, 44, 3, 65535)
         tags = np.frombuffer(exif.tobytes().removeprefix(b"Exif\0\0"), np.uint8)

@@ -23,6 +23,7 @@ FORMATS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
+Image.MAX_IMAGE_PIXELS = None  # large photographs are no attack here
 LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that a format and its library allow
 _ORIENTATION, _EXIF_IFD, _GPS_IFD = 0x0112, 0x8769, 0x8825
 # Of the tags below 700 these describe the photograph; the others the layout of a TIFF file, which
@@ -69,29 +70,6 @@ def size(path: Path) -> int:
         return 0
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Whether an image has 16 bits a channel; Pillow would cut colour to the upper 8.
-
-    Args:
-        image: As it was opened: `getexif` empties what tells.
-
-    Raises:
-        BadImage: Its pixels are floating-point, or 16 bits in planes.
-    """
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
-    if tags.get(284) == 2 and max(tags.get(258, [8])) > 8:
-        # Pillow and OpenCV both read it, wrongly.
-        raise BadImage("16 bits with each channel stored apart; save it interleaved")
-    if image.mode == "F":
-        raise BadImage("floating-point pixels, whose range is not known")
-    return image.mode.startswith("I") or ";16" in str(image.tile)
-
-
-def white_is_zero(image: Image.Image) -> bool:
-    """Whether an image is a TIFF stored as a negative, which OpenCV passes over."""
-    return getattr(image, "tag_v2", {}).get(262) == 0
-
-
 def read(path: Path) -> Picture:
     """Read an image file.
 
@@ -100,43 +78,7 @@ def read(path: Path) -> Picture:
     """
     try:
         with Image.open(path) as image:
-            mode, icc, note = image.mode, image.info.get("icc_profile"), ""
-            has_alpha = mode[-1] in "Aa" or "transparency" in image.info
-            grey = mode.split(";")[0] in ("1", "L", "LA", "La", "I") or "LA;16" in str(image.tile)
-            deep = is_deep(image)
-            if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
-                note = f"only the first of its {frames} frames or pages"
-            exif = image.getexif()
-            orientation = exif.get(_ORIENTATION, 1)
-            kept = b""
-            try:
-                kept = _kept(exif)
-            except Exception:  # EXIF may be broken in as many ways as there are cameras
-                note = "without its EXIF, which is broken"
-            if deep:
-                array = _read_deep(path, grey)
-                if image.format == "TIFF":
-                    orientation = 1  # OpenCV turns these, and only these, itself
-                if array.ndim == 2 and has_alpha:  # of the one grey of a PNG that is transparent
-                    alpha = np.where(array == image.info["transparency"], 0, 65535)
-                    array = np.dstack([array, alpha.astype(np.uint16)])
-                if white_is_zero(image):
-                    array = 65535 - array
-            else:
-                if mode == "CMYK" and icc:
-                    # A CMYK profile says nothing of RGB: convert by it, and leave it behind.
-                    with contextlib.suppress(ImageCms.PyCMSError):
-                        source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-                        target = ImageCms.createProfile("sRGB")
-                        image = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-                if mode.split(";")[0] not in ("1", "L", "LA", "La", "P", "PA") and (
-                    not mode.startswith("RGB")
-                ):
-                    icc = None
-                wanted = ("L" if grey else "RGB") + "A" * has_alpha
-                # convert() copies, which a large image need not
-                image = image if image.mode == wanted else image.convert(wanted)
-                array = np.array(image)  # asarray would be read-only
+            return _read(path, image)
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -145,10 +87,56 @@ def read(path: Path) -> Picture:
         raise BadImage(error.strerror or str(error)) from None
     except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
         raise BadImage(str(error) or type(error).__name__) from error
+
+
+def _read(path: Path, image: Image.Image) -> Picture:
+    layout = str(image.tile)  # before loading empties it
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    mode, icc, kept, note = image.mode.split(";")[0], image.info.get("icc_profile"), b"", ""
+    has_alpha = mode[-1] in "Aa" or "transparency" in image.info
+    grey = mode in ("1", "L", "LA", "La", "I") or "LA;16" in layout
+    if tags.get(284) == 2 and max(tags.get(258, [8])) > 8:
+        # Pillow and OpenCV both read it, wrongly.
+        raise BadImage("16 bits with each channel stored apart; save it interleaved")
+    if mode == "F":
+        raise BadImage("floating-point pixels, whose range is not known")
+    if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+        note = f"only the first of its {frames} frames or pages"
+    if mode == "I" or ";16" in layout:
+        # Pillow would cut 16-bit colour to its upper 8 bits.
+        array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        if array is None or array.dtype != np.uint16:
+            raise BadImage("broken, or neither of 8 nor of 16 bits a channel")
+        if array.ndim == 3:
+            order = [0, 3] if grey else [2, 1, 0, 3]
+            array = array[..., [c for c in order if c < array.shape[2]]]
+        elif has_alpha:  # of the one grey of a PNG that is transparent
+            alpha = np.where(array == image.info["transparency"], 0, 65535)
+            array = np.dstack([array, alpha.astype(np.uint16)])
+        if tags.get(262) == 0:  # white is zero, which OpenCV passes over
+            array = 65535 - array
+    else:
+        colours = image
+        if mode == "CMYK" and icc:
+            # A CMYK profile says nothing of RGB: convert by it, and leave it behind.
+            with contextlib.suppress(ImageCms.PyCMSError):
+                source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+                target = ImageCms.createProfile("sRGB")
+                colours = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+        if not grey and mode not in ("P", "PA") and not mode.startswith("RGB"):
+            icc = None
+        wanted = ("L" if grey else "RGB") + "A" * has_alpha
+        # convert() copies, which a large image need not
+        array = np.array(colours if colours.mode == wanted else colours.convert(wanted))
+    exif = image.getexif()  # after loading, for that goes by it
+    # Both readers turn a TIFF, and only that, themselves.
+    turn = _TURN.get(exif.get(_ORIENTATION) if image.format != "TIFF" else 1, np.asarray)
+    try:
+        kept = _kept(exif)
+    except Exception:  # EXIF may be broken in as many ways as there are cameras
+        note = "without its EXIF, which is broken"
     array = array.reshape(*array.shape[:2], -1)
-    if orientation in _TURN:
-        array = _TURN[orientation](array)
-    return Picture(np.ascontiguousarray(array), icc, kept, note)
+    return Picture(np.ascontiguousarray(turn(array)), icc, kept, note)
 
 
 def _kept(exif: Image.Exif) -> bytes:
@@ -161,18 +149,6 @@ def _kept(exif: Image.Exif) -> bytes:
         for tag in (0xA002, 0xA003, 0xA005):  # the size, and a pointer that Pillow leaves as it was
             exif.get_ifd(_EXIF_IFD).pop(tag, None)
     return exif.tobytes() if len(exif) else b""
-
-
-def _read_deep(path: Path, grey: bool) -> np.ndarray:
-    # Pillow would cut 16-bit colour to its upper 8 bits.
-    array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    if array is None or array.dtype != np.uint16:
-        raise BadImage("broken, or neither of 8 nor of 16 bits a channel")
-    if array.ndim == 2:
-        return array
-    if grey:
-        return array[..., [0, 3]] if array.shape[2] == 4 else array[..., :1]
-    return cv2.cvtColor(array, cv2.COLOR_BGR2RGB if array.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
 
 
 def check(path: Path, shape: tuple[int, int, int]) -> None:

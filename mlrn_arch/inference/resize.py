@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-
-_BLOCK = 8  # output rows made by one matrix product
-_TILE = 512  # columns at a time: small enough for the cache, and for BLAS to stay on one thread
 
 
 def imresize(img: np.ndarray, scale: int) -> np.ndarray:
@@ -43,29 +39,16 @@ def imresize(img: np.ndarray, scale: int) -> np.ndarray:
 def _shrink_rows(img: np.ndarray, scale: int) -> np.ndarray:
     # For an integer factor every output row has the same taps, centred on its `scale` input rows.
     # Multiplied by `unit` they are whole numbers: sums of whole numbers are exact in floating point
-    # in any order, so BLAS may add them up, and only the division below rounds.
+    # in any order, and only the division below rounds.
     first = -(3 * scale // 2)  # the taps that are not zero: input rows first to last, about its own
     x = np.abs(np.arange(first, scale - first) - (scale - 1) / 2) / scale
     unit = (2 if scale % 2 else 16) * scale**4
     near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     taps = np.rint(unit / scale * np.where(x < 1, near, far))
-    dtype = np.float32 if unit * 512 < 2**24 else np.float64  # whole numbers it holds exactly
-    span = len(taps) + (_BLOCK - 1) * scale  # input rows that _BLOCK output rows see
-    band = np.zeros((_BLOCK, span), dtype)
-    for i in range(_BLOCK):
-        band[i, i * scale : i * scale + len(taps)] = taps
-
-    height = img.shape[0]
-    blocks = -(-height // (scale * _BLOCK))
-    below = (blocks - 1) * _BLOCK * scale + span + first - height
-    padded = np.pad(img.reshape(height, -1), [(-first, below), (0, 0)], mode="symmetric")
-    out = np.empty((blocks * _BLOCK, padded.shape[1]), np.uint8)
-    for col in range(0, padded.shape[1], _TILE):
-        tile = padded[:, col : col + _TILE].astype(dtype)
-        windows = sliding_window_view(tile, span, axis=0)[:: _BLOCK * scale].swapaxes(1, 2)
-        # floor(sum / unit + 0.5), as MATLAB rounds; the cast to uint8 is the floor
-        sums = band @ windows
-        sums += unit // 2
-        sums /= unit
-        out[:, col : col + _TILE] = sums.clip(0, 255, out=sums).reshape(len(out), -1)
-    return out[: -(-height // scale)].reshape(-1, *img.shape[1:])
+    depth = cv2.CV_32F if unit * 512 < 2**24 else cv2.CV_64F  # whole numbers it holds exactly
+    # BORDER_REFLECT repeats the edge.
+    sums = cv2.sepFilter2D(
+        img, depth, np.ones(1), taps, anchor=(0, -first), borderType=cv2.BORDER_REFLECT
+    )[::scale]
+    # As MATLAB rounds: the cast to uint8 is the floor.
+    return ((sums + unit // 2) / unit).clip(0, 255).astype(np.uint8)
