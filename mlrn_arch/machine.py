@@ -13,7 +13,7 @@ import torch
 from mlrn_arch.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "mps")
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
@@ -23,7 +23,8 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         UserError: It is a GPU, and torch finds none.
     """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
+    found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not found.get(device.type, lambda: True)():
         raise UserError(f"device {device}: torch finds no GPU here; use cpu")
     return device
 
@@ -40,10 +41,12 @@ def name_of(device: torch.device) -> str:
     return f"{cpu} ({os.cpu_count()} cores), {torch.get_num_threads()} threads"
 
 
-def computes_in_bf16() -> bool:
-    """Whether bf16 is more than an emulation on this CPU."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11 or so
-    return capabilities.get("avx512_bf16", True) or capabilities.get("amx_bf16", True)
+def computes_in_bf16(device: str = "cpu") -> bool:
+    """Whether bf16 is more than an emulation on a device; no, if torch <2.11 can't tell."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
 def cores() -> int:
