@@ -13,7 +13,7 @@ import torch
 from mlrn_arch.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "mps")
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
@@ -23,7 +23,8 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         UserError: It is a GPU, and torch finds none.
     """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
+    found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not found.get(device.type, lambda: True)():
         raise UserError(f"device {device}: torch finds no GPU here; use cpu")
     return device
 

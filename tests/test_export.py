@@ -16,7 +16,7 @@ from basicsr.models.base_model import BaseModel
 from conftest import REPOSITORY, write_yaml
 from torch import nn
 
-from mlrn_arch import checkpoints, machine
+from mlrn_arch import checkpoints, create_model, machine
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
@@ -56,7 +56,7 @@ def trained(tmp_path) -> nn.Module:
 def test_onnx_is_right_at_every_size_and_batch(export, trained, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    code, out, err = export("net.yml", "net.onnx")
+    code, out, err = export("net.yml", "net.onnx", "--opset", "18")
     assert code == 0, err
     assert "ONNX Runtime and PyTorch differ by at most" in out and "wrote net.onnx" in out
     session = onnxruntime.InferenceSession("net.onnx", providers=["CPUExecutionProvider"])
@@ -65,6 +65,8 @@ def test_onnx_is_right_at_every_size_and_batch(export, trained, tmp_path):
         x = torch.rand(batch, 3, height, width)
         (y,) = session.run(["output"], {"input": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), trained(x), rtol=0, atol=1e-5)
+    (opset,) = pytest.importorskip("onnx").load("net.onnx").opset_import
+    assert opset.version == 18
     file = (tmp_path / "net.onnx").read_bytes()
     assert str(REPOSITORY).encode() not in file and b"site-packages" not in file
     network_g = session.get_modelmeta().custom_metadata_map["network_g"]
@@ -77,7 +79,7 @@ def test_8_bit_images_are_those_of_rounding(export, trained, tmp_path, monkeypat
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     made, to_onnx = [], backends.to_onnx  # kept, to run the same export in ONNX Runtime too
-    monkeypatch.setattr(backends, "to_onnx", lambda n: made.append(to_onnx(n)) or made[0])
+    monkeypatch.setattr(backends, "to_onnx", lambda *n: made.append(to_onnx(*n)) or made[0])
     code, out, err = export("net.yml", "net.xml", "--uint8")
     assert code == 0, err
     assert "OpenVINO and PyTorch differ by at most" in out
@@ -158,7 +160,7 @@ def test_an_export_that_computes_something_else_is_refused(export, trained, tmp_
         <float[4] scales = {1, 1, 2, 2}>
         { output = Resize <mode = "nearest"> (input, , scales) }"""
     )
-    monkeypatch.setattr(backends, "to_onnx", lambda network: nearest)
+    monkeypatch.setattr(backends, "to_onnx", lambda *_: nearest)
     before = sorted(tmp_path.iterdir())
     code, _, err = export("net.yml", "net.onnx")
     assert code == 2
@@ -179,6 +181,7 @@ def test_an_export_that_computes_something_else_is_refused(export, trained, tmp_
         (["net.yml", "sub", "--ntire", "7", "--overwrite"], "sub is a folder that exists already"),
         (["net.yml", "nowhere/out.pth"], "no such folder nowhere"),
         (["net.yml", "out.pth", "--uint8"], "--uint8 is for .onnx and .xml"),
+        (["net.yml", "out.xml", "--opset", "18"], "--opset is for .onnx"),
         (["net.yml", "out.onnx", "--ntire", "7"], "OUTPUT is a folder"),
         (["net.yml", "out", "--ntire", "0"], "team number from 1 to 99"),
         (["net.yml", "out.pth", "--weights", "no.pth"], "no such file no.pth"),
@@ -257,6 +260,39 @@ def test_what_cannot_be_exported_runs_in_pytorch(capsys):
 def test_no_such_back_end(arguments, message):
     with pytest.raises(UserError, match=message):
         backends.load(make(), **arguments)
+
+
+def test_fp16_is_left_where_it_overflows(monkeypatch, capsys):
+    """On binary noise the NTIRE weights reach half of fp16's largest number, 65,504."""
+    monkeypatch.setattr(backends, "computes_in_bf16", lambda *_: False)
+    network = create_model("NTIRE_x4", pretrained=True)
+    x = torch.randint(0, 2, (1, 3, 48, 48), generator=torch.Generator().manual_seed(0)).float()
+    run = backends.load(network, "torch", "cpu", "fp16")
+    with torch.inference_mode():
+        exact = network(x)
+        with torch.autocast("cpu", torch.float16):
+            assert (network(x) - exact).abs().max() > 0.1
+    torch.testing.assert_close(run(x), exact, rtol=0, atol=0.01)
+    told = "note: fp32 in place of fp16: the network computes in a range of 255\n"
+    assert capsys.readouterr().err == told
+
+    loud = nn.Conv2d(3, 3, 1).eval().requires_grad_(False)
+    loud.weight *= 1e6
+    run = backends.load(loud, "torch", "cpu", "fp16")
+    for _ in range(2):
+        torch.testing.assert_close(run(x), loud(x))
+    told = "note: fp32 in place of fp16: the network's output is not finite\n"
+    assert capsys.readouterr().err == told
+    quiet = backends.load(make(), "torch", "cpu", "fp16")
+    assert quiet(x).isfinite().all() and not torch.equal(quiet(x), make()(x))
+    assert capsys.readouterr().err == ""
+
+
+def test_devices_that_are_not_here():
+    for device in ("cuda", "mps"):
+        if not (torch.cuda.is_available() if device == "cuda" else torch.mps.is_available()):
+            with pytest.raises(UserError, match=f"{device}: torch finds no GPU here; use cpu"):
+                backends.load(make(), device=device)
 
 
 # --- spandrel -----------------------------------------------------------------------------------

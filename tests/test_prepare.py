@@ -521,7 +521,7 @@ def compact(tmp_path) -> tuple[str, str]:
 def test_a_teachers_output_in_place_of_hr(photos, tmp_path, compact, known_by, monkeypatch):
     if known_by == "spandrel":
         pytest.importorskip("spandrel")
-    monkeypatch.setattr(backends, "computes_in_bf16", lambda: False)
+    monkeypatch.setattr(backends, "computes_in_bf16", lambda *_: False)
     teacher = compact[known_by == "spandrel"]
     sizes = ["--crop-size", 24, "--step", 24, "--shrink", 3, 4]
     assert run(photos, tmp_path / "D", "--scale", 2, "--teacher", teacher, *sizes) == 0

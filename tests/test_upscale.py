@@ -178,6 +178,51 @@ def test_tiles_of_a_local_network_leave_no_trace():
     assert np.abs(output - direct(network, image)).max() < 1e-5
 
 
+@pytest.mark.parametrize("tiles_before", [0, 5])
+def test_out_of_memory_is_answered_by_smaller_tiles(tiles_before):
+    bicubic, calls = build_network({"type": "Bicubic", "upscale": 2}), []
+
+    class Hungry(torch.nn.Module):
+        def forward(self, x):
+            calls.append(x.shape)
+            if max(x.shape[-2:]) > 192 and sum(max(c[-2:]) > 192 for c in calls) > tiles_before:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return bicubic(x)
+
+    image, told = smooth(601, 330, 3) / 255, []
+    bands = Upscaler(Hungry(), **EXACT, tile=250).bands(torch.from_numpy(image), told.append)
+    output = torch.cat(list(bands)).numpy()
+    assert np.abs(output - direct(bicubic, image)).max() < 1e-5
+    assert sum(told) == image.shape[0] * image.shape[1] and min(told) >= 0
+
+    class Starving(torch.nn.Module):
+        def forward(self, x):
+            if x.device.type == "cpu" and x.shape[-1] > 24:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return bicubic(x)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Upscaler(Starving(), **EXACT)(image)
+
+
+def test_tiles_count_the_memory_that_torch_can_give_back(monkeypatch):
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "mem_get_info", lambda device: (2**28, 2**34))
+    monkeypatch.setattr(cuda, "memory_allocated", lambda device: 2**20)
+    sides = []
+    for reserved in (2**20, 2**33):
+        monkeypatch.setattr(cuda, "memory_reserved", lambda device, n=reserved: n)
+        sides.append(tiles.choose((4000, 4000, 3), 4, 1, 1e3, torch.device("cuda")))
+    assert sides == [tiles.SMALLEST, tiles.LARGEST]
+
+
+def test_images_leave_the_device_in_eight_bits(network, monkeypatch):
+    upscaler, left = Upscaler(network, **EXACT), []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: left.append(self.dtype) or self)
+    upscaler(smooth(40, 56, 4))
+    assert left == [torch.uint8]
+
+
 @pytest.mark.parametrize("side", [513, 700, 1024, 5000, 12345])
 @pytest.mark.parametrize("tile", [192, 200, 512])
 def test_tiles_cover_a_side_alike_and_overlap(side, tile):
@@ -529,6 +574,20 @@ def test_mistakes(run, tmp_path, option_file, arguments, told):
     names = {"opt": option_file, "net": option_file.replace("net.yml", "net.pth")}
     code, _, err = run("a.png", network=[word.format(**names) for word in arguments])
     assert code == 2 and told in err and len(err.splitlines()) == 1
+
+
+def test_a_scale_stands_for_its_shipped_weights(network, option_file):
+    for scale in (2, 3):
+        ours, theirs = Upscaler(scale=scale).network, networks.load(f"x{scale}")[0]
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+        )
+    assert Upscaler().scale == 4 and Upscaler(network, scale=2).scale == 2
+    for model in (network, option_file):
+        with pytest.raises(UserError, match="is an x2 one, not x3"):
+            Upscaler(model, scale=3)
+    with pytest.raises(UserError, match="no network is named 'x5'"):
+        Upscaler(scale=5)
 
 
 def test_networks_that_make_no_image_of_an_image():

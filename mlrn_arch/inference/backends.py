@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -36,6 +36,7 @@ NAMES = tuple(PACKAGES)
 MIN_SIZE = 32
 # Of a back end's output in fp32 to PyTorch's, over the larger of 1 and its peak.
 TOLERANCE = 1e-5
+OPSET = 20  # the first with Gelu; written out it is five operators
 
 
 def available() -> list[str]:
@@ -62,6 +63,19 @@ def channels(network: nn.Module) -> int:
     return next((m.in_channels for m in convolutions), 3)
 
 
+def device_of(backend: str | None, device: str | torch.device | None) -> torch.device:
+    """Where a back end computes: on `device`, or if that is None on the GPU if it can.
+
+    Raises:
+        UserError: There is no such device, or the back end cannot use it.
+    """
+    only_cpu = backend not in (None, "torch")
+    device = choose_device("cpu" if device is None and only_cpu else device)
+    if only_cpu and device.type != "cpu":
+        raise UserError(f"{backend} runs on the CPU here; take the back end torch for {device}")
+    return device
+
+
 def load(
     network: nn.Module,
     backend: str | None = None,
@@ -77,10 +91,11 @@ def load(
         network: A super-resolution network: (n, c, h, w) in [0, 1] -> (n, c, h * s, w * s).
         backend: One of `NAMES`; None takes the quickest at hand: on a GPU PyTorch, on the CPU
             the first of `available()` that can run this network.
-        device: Where PyTorch computes; None is the GPU if there is one and `backend` is not one
-            for the CPU.
-        precision: `fp32`, `bf16`, `fp16`, or `auto`: fp16 on a GPU, on the CPU bf16 if it
-            computes in it and fp32 if it would only emulate it. ONNX Runtime has fp32 alone.
+        device: As `device_of` takes it.
+        precision: `fp32`, `bf16`, `fp16`, or `auto`: fp16 on an NVIDIA GPU, on the CPU bf16 if it
+            computes in it, else fp32. ONNX Runtime has fp32 alone. In place of fp16 comes bf16 or
+            fp32, with a note, if the network computes in values above 1, or once its output is
+            not finite.
 
     Returns:
         A function: (n, c, h, w) in [0, 1] on any device -> (n, c, h * s, w * s), float32 on the
@@ -96,14 +111,17 @@ def load(
         raise UserError(f"no precision is named {precision!r}; there are auto, {', '.join(DTYPES)}")
     if backend is not None:
         need(f"the back end {backend}", *PACKAGES[backend])
-    device = choose_device("cpu" if device is None and backend not in (None, "torch") else device)
-    if backend not in (None, "torch") and device.type != "cpu":
-        raise UserError(f"{backend} runs on the CPU here; take the back end torch for {device}")
+    device = device_of(backend, device)
     lower = precision not in ("auto", "fp32")
     if backend == "onnxruntime" and lower:
         raise UserError(f"{backend} computes in fp32; {precision} needs openvino or torch")
 
     network = copy.deepcopy(network).to(device, torch.float32).eval().requires_grad_(False)
+    if precision == "auto" and device.type == "cuda":
+        precision = "fp16"
+    img_range = max(getattr(module, "img_range", 1) for module in network.modules())
+    if precision == "fp16" and img_range > 1:  # attention hides an overflow from the output
+        precision = _instead_of_fp16(f"the network computes in a range of {img_range:g}", device)
     fallback = backend is None and device.type == "cpu"
     for name in available() if fallback else [backend or "torch"]:
         if name == "torch" or (name != "openvino" and lower):
@@ -120,19 +138,28 @@ def load(
     return _torch(network, device, precision)
 
 
+def _instead_of_fp16(reason: str, device: torch.device) -> str:
+    precision = "bf16" if computes_in_bf16(device.type) else "fp32"
+    print(f"note: {precision} in place of fp16: {reason}", file=sys.stderr)
+    return precision
+
+
 def _torch(network: nn.Module, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:
     # No torch.compile: on two CPU cores compiling takes 20 s, and OpenVINO is quicker after it.
     if precision == "auto":
-        lower = "bf16" if device.type == "cpu" else "fp16"
-        precision = lower if device.type != "cpu" or computes_in_bf16() else "fp32"
-    # Autocast, for it leaves the bilinear branch and the sum with it in fp32: in bf16 they would
-    # round the output to 8 bits.
-    cast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+        precision = "bf16" if device.type == "cpu" and computes_in_bf16() else "fp32"
     network = network.to(memory_format=torch.channels_last)
 
     def run(x: Tensor) -> Tensor:
+        nonlocal precision
+        # Autocast, for it leaves the bilinear branch and the sum with it in fp32: in bf16 they
+        # would round the output to 8 bits.
+        cast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
         with torch.inference_mode(), cast:
             y = network(x.to(device, torch.float32, memory_format=torch.channels_last))
+        if precision == "fp16" and not y.isfinite().all():
+            precision = _instead_of_fp16("the network's output is not finite", device)
+            return run(x)
         return y.to(x.device, torch.float32)
 
     return run
@@ -153,7 +180,7 @@ def _openvino(network: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
         run = openvino.compile_model(model, "CPU", config)
         return lambda x: torch.from_numpy(run(x.numpy())[0])
 
-    _check(compiled("f32"), network)
+    check("OpenVINO", compiled("f32"), network)
     return compiled({"auto": "", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision])
 
 
@@ -167,19 +194,55 @@ def _onnxruntime(network: nn.Module) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
 
-    _check(run, network)
+    check("ONNX Runtime", run, network)
     return run
 
 
-def _check(run: Callable[[Tensor], Tensor], network: nn.Module) -> None:
-    """Compare with PyTorch in fp32 at another size than the exporter saw."""
+def check(
+    where: str,
+    run: Callable[[Tensor], Tensor],
+    network: nn.Module,
+    shapes: Sequence[tuple[int, int, int]] = ((1, 3 * MIN_SIZE, MIN_SIZE),),
+) -> str:
+    """Compare an exported network with PyTorch in fp32; returns a line that says how far it is.
+
+    Args:
+        where: What runs it, for the texts.
+        run: The exported network.
+        network: The original, in evaluation mode, on the CPU; a `Uint8` may differ by 1 of 255.
+        shapes: Batch, height and width of random images; those that PyTorch refuses are left out.
+
+    Raises:
+        UserError: They differ, or it does not run.
+    """
     generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
-        x = torch.rand(1, channels(network), 3 * MIN_SIZE, MIN_SIZE, generator=generator)
-        y = network(x)
-        difference = (run(x) - y).abs().max() / y.abs().max().clamp(min=1)
-    if difference > TOLERANCE:
-        raise RuntimeError(f"its output differs from PyTorch's by {difference:.2g}")
+    exact, worst = not isinstance(network, Uint8), -1.0
+    for batch, height, width in shapes:
+        x = torch.rand(batch, channels(network), height, width, generator=generator)
+        if not exact:
+            x = (x.permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
+        try:
+            with torch.inference_mode():
+                y = network(x)
+        except Exception:  # some networks refuse some sizes
+            continue
+        try:
+            z = run(x)
+        except Exception as error:  # every runtime refuses a graph in its own way
+            raise UserError(f"{where} does not run the network: {first_line(error)}") from None
+        difference = float("inf")
+        if z.shape == y.shape:
+            difference = (z.float() - y.float()).abs().max().item()
+        if difference > (TOLERANCE * max(1, y.abs().max()) if exact else 1):
+            raise UserError(
+                f"in {where} the network gives something else than in PyTorch: a difference of "
+                f"{difference:.2g} for {batch} image(s) of {width}x{height}"
+            )
+        worst = max(worst, difference)
+    if worst < 0:
+        raise UserError(f"PyTorch itself runs this network at none of the sizes {shapes}")
+    unit = "of an output in [0, 1]" if exact else "of 255"
+    return f"{where} and PyTorch differ by at most {worst:.2g} {unit}"
 
 
 def _leave_small_images_to(
@@ -211,20 +274,20 @@ class Uint8(nn.Module):
         return (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def to_onnx(network: nn.Module) -> onnx.ModelProto:
+def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
     """Export a network to ONNX with batch, height and width left open.
 
     Args:
         network: In evaluation mode, on the CPU; is left as it is. It takes (n, c, h, w), and a
             `Uint8` (n, h, w, c).
+        opset: The version of ONNX's operators.
 
     Returns:
         The model, its input called `input` and its output `output`. MLRN and the other networks
         whose attention is ESA are right at every size.
 
     Raises:
-        UserError: onnx or onnxscript is not installed.
-        Exception: The network cannot be exported; torch tells it in many ways.
+        UserError: onnx or onnxscript is not installed, or the network cannot be exported.
     """
     need("exporting to ONNX", "onnx", "onnxscript")
     network = copy.deepcopy(network)
@@ -238,18 +301,27 @@ def to_onnx(network: nn.Module) -> onnx.ModelProto:
     if isinstance(network, Uint8):
         x = x.permute(0, 2, 3, 1).to(torch.uint8)
         sizes = {0: sizes[0], 1: sizes[2], 2: sizes[3]}
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            network,
-            (x,),
-            dynamo=True,
-            verbose=False,
-            opset_version=20,  # the first with Gelu; written out it is five operators
-            input_names=["input"],
-            output_names=["output"],
-            dynamic_shapes=(sizes,),
-        )
-    model = program.model_proto
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                network,
+                (x,),
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=["input"],
+                output_names=["output"],
+                dynamic_shapes=(sizes,),
+            )
+        model = program.model_proto
+    except Exception as error:  # torch tells in many ways what it cannot export
+        name = type(getattr(network, "network", network)).__name__
+        raise UserError(
+            f"{name} cannot be exported with height and width left open: {first_line(error)}"
+        ) from None
+    found = next(part.version for part in model.opset_import if not part.domain)
+    if found != opset:
+        raise UserError(f"torch exports this network to opset {found}, but not to {opset}")
     # The exporter notes where each node comes from: source lines and paths of this machine.
     graph = model.graph
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):

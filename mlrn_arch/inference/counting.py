@@ -17,9 +17,9 @@ peak MiB     weights, input and the most that one forward pass holds beside them
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -68,10 +68,6 @@ class _Tally(TorchDispatchMode):
         return result
 
 
-def _deformable(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape=None, **__: Any) -> int:
-    return 2 * math.prod(out_shape) * math.prod(weight[1:])
-
-
 def count(
     network: nn.Module,
     shape: Sequence[int],
@@ -93,18 +89,14 @@ def count(
     Raises:
         UserError: The network cannot take this input, or does not return `upscale` times its size.
     """
-    try:
-        return _count_on("meta", network, shape, upscale, dtype)
-    except UserError:
-        raise
-    except Exception:  # some networks look at values, which the meta device has not
+    for device in ("meta", "cpu"):  # some networks look at values, which the meta device has not
         try:
-            return _count_on("cpu", network, shape, upscale, dtype)
+            return _count_on(device, network, shape, upscale, dtype)
         except UserError:
             raise
         except Exception as error:  # each network fails in its own way
-            taken = " x ".join(map(str, shape))
-            raise UserError(f"cannot take an input of {taken}: {first_line(error)}") from None
+            reason = first_line(error)
+    raise UserError(f"cannot take an input of {' x '.join(map(str, shape))}: {reason}")
 
 
 def _count_on(
@@ -123,7 +115,8 @@ def _count_on(
             module.register_forward_hook(add_extra)
     x = torch.zeros(shape, device=device, dtype=dtype)
     tally = _Tally([*network.parameters(), *network.buffers(), x])
-    flops = FlopCounterMode(display=False, custom_mapping={DEFORMABLE: _deformable})
+    deformable = {DEFORMABLE: lambda x, w, *_, out_shape, **__: 2 * prod(out_shape) * prod(w[1:])}
+    flops = FlopCounterMode(display=False, custom_mapping=deformable)
     # Not inference_mode: under it composite operators reach the tally in one piece.
     with torch.no_grad(), flops, tally:
         y = network(x)

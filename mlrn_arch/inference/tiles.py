@@ -48,9 +48,11 @@ def choose(
         device: Where it runs.
     """
     height, width, channels = shape
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    if device.type == "cpu":
-        free -= height * width * scale**2 * max(4, channels * item)
+    if device.type == "cuda":  # what torch's cache can give back is free, too
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    else:
+        free = free_memory() - height * width * scale**2 * max(4, channels * item)
     row = 6 * width * channels * scale**2  # float32, and a half more to round them
     side = LARGEST
     while side > SMALLEST and 2 * (side * side * pixel + side * row) > free:

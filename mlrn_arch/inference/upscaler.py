@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,8 +20,8 @@ from mlrn_arch.archs.tile import OnTile
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.inference import backends, tiles
 from mlrn_arch.inference.counting import count
-from mlrn_arch.machine import choose_device
 
+OUT_OF_MEMORY = "out of memory|allocate memory"  # what torch says of a GPU, and of the CPU
 MIN_SIZE = 24  # what MLRN's ESA needs in every back end, with room
 Place = tuple[tuple[int, int], tuple[int, int]]  # start and side of the image, by rows and columns
 
@@ -30,11 +31,12 @@ class Upscaler:
 
     Args:
         model: A network by one of the forms of `mlrn_arch.networks.FORMS`, such as `x4`; None, the
-            MLRN of which `weights` are; or a network itself, (n, 3, h, w) or Y alone,
-            (n, 1, h, w), in [0, 1] -> `scale` times that size.
+            shipped one of `scale`, or the MLRN of which `weights` are; or a network itself,
+            (n, 3, h, w) or Y alone, (n, 1, h, w), in [0, 1] -> `scale` times that size.
+        scale: Output size over input size (None: the model's, without one 4).
         weights: A checkpoint that replaces the model's own.
         backend: One of `mlrn_arch.inference.backends.NAMES`; None takes the quickest at hand.
-        device: `cpu` or `cuda`; None takes a GPU if there is one.
+        device: `cpu`, `cuda` or `mps`; None takes an NVIDIA GPU if there is one.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         tile: Longest side of a tile in input pixels; None chooses by the memory that is free.
         self_ensemble: Average over the 8 flips and rotations: about 8 times the time.
@@ -49,8 +51,9 @@ class Upscaler:
 
     def __init__(
         self,
-        model: str | os.PathLike | nn.Module | None = "x4",
+        model: str | os.PathLike | nn.Module | None = None,
         *,
+        scale: int | None = None,
         weights: str | os.PathLike | None = None,
         backend: str | None = None,
         device: str | torch.device | None = None,
@@ -60,13 +63,17 @@ class Upscaler:
     ) -> None:
         if tile is not None and tile < tiles.SMALLEST:
             raise UserError(f"a tile must be at least {tiles.SMALLEST} pixels, not {tile}")
-        self._device = choose_device(device)
+        self._device = backends.device_of(backend, device)
         if isinstance(model, nn.Module):
             self.network = copy.deepcopy(model).eval().requires_grad_(False)
         else:
+            if model is None and (scale or weights is None):
+                model = f"x{scale or 4}"
             source, checkpoint = (name and os.fspath(name) for name in (model, weights))
             self.network, _ = networks.load(source, checkpoint)
         self.channels, self.scale = _probe(self.network)
+        if scale not in (None, self.scale):
+            raise UserError(f"this network is an x{self.scale} one, not x{scale}")
         self.tile, self.self_ensemble = tile, self_ensemble
         # Bytes an input pixel: what one pass holds, and as much again for a back end's own needs.
         shape = (1, self.channels, tiles.SMALLEST, tiles.SMALLEST)
@@ -144,12 +151,35 @@ class Upscaler:
 
     @torch.no_grad()
     def _bands(self, image: Tensor, tile: int, progress: Callable[[int], None]) -> Iterator[Tensor]:
+        given = told = 0  # rows of the output, and pixels, that the caller knows of
+
+        def report(pixels: int) -> None:
+            nonlocal told
+            progress(max(0, pixels - told))
+            told = max(told, pixels)
+
+        while True:
+            rows = 0
+            try:
+                for band in self._strips(image, tile, report):
+                    rows += len(band)
+                    if rows > given:
+                        yield band[given - rows :]
+                        given = rows
+                return
+            except RuntimeError as error:
+                tile = min(tile, max(image.shape[:2]))
+                if tile <= tiles.SMALLEST or not re.search(OUT_OF_MEMORY, str(error)):
+                    raise
+            tile = max(tiles.SMALLEST, tile // 2)  # from the top again, without what was given
+
+    def _strips(self, image: Tensor, tile: int, report: Callable[[int], None]) -> Iterator[Tensor]:
         s = self.scale
         ys, height = tiles.cut(image.shape[0], tile)
         xs, width = tiles.cut(image.shape[1], tile)
         has_esa = any(isinstance(module, ESA) for module in self.network.modules())
         knows_place = has_esa and self.channels == 3
-        done, above = 0, None
+        above = None
         for i, y in enumerate(ys):
             strip = torch.empty(0)
             for j, x in enumerate(xs):
@@ -167,9 +197,8 @@ class Upscaler:
                     left = strip[:, x * s : x * s + start]
                     left.lerp_(output[:, :start], tiles.ramp(start, output)[:, None])
                 strip[:, x * s + start : (x + width) * s] = output[:, start:]
-                share = image.shape[0] * image.shape[1] * (i * len(xs) + j + 1)
-                progress(share // (len(ys) * len(xs)) - done)
-                done = share // (len(ys) * len(xs))
+                share = (i * len(xs) + j + 1) / (len(ys) * len(xs))
+                report(round(share * image.shape[0] * image.shape[1]))
             if above is not None:
                 top = strip[: len(above)]
                 top.copy_(above.lerp_(top, tiles.ramp(len(above), top)[:, None, None]))
@@ -178,8 +207,8 @@ class Upscaler:
             yield strip[:rows]
 
     def _tile(self, tile: Tensor, place: Place | None) -> Tensor:
-        """(h, w, c) of any kind -> (h * scale, w * scale, c), float32."""
-        x = tile.movedim(-1, 0)[None].to(torch.float32)
+        """(h, w, c) of any kind -> (h * scale, w * scale, c), float32, where the network runs."""
+        x = tile.movedim(-1, 0)[None].to(torch.float32).to(self._device)
         if not tile.is_floating_point():
             x = x / torch.iinfo(tile.dtype).max
         colours = x.shape[1] - (x.shape[1] in (2, 4))
@@ -189,7 +218,7 @@ class Upscaler:
         size = (tile.shape[0] * self.scale, tile.shape[1] * self.scale)
         if alpha.min() == alpha.max():  # most tiles; and a network would not keep it exactly even
             y = self._colours(x, place) if alpha.any() else x.new_zeros(1, colours, *size)
-            y_alpha = alpha.flatten()[0].expand(1, 1, *size).to(y.device)
+            y_alpha = alpha.flatten()[0].expand(1, 1, *size)
         else:
             # Alpha goes through the network as well: edges of colour and of transparency stay as
             # sharp as each other. Premultiplied, for what is invisible must not bleed into view.
@@ -206,8 +235,8 @@ class Upscaler:
         # What the network adds to Y is added to R, G and B alike: Cb and Cr stay bicubic.
         luma = rgb2ycbcr_pt(x, y_only=True)
         y = self._ensemble(luma, place)
-        gain = y - upsample_bicubic(luma, self.scale).to(y.device)
-        return upsample_bicubic(x, self.scale).to(y.device) + gain * (255 / 219)
+        gain = y - upsample_bicubic(luma, self.scale)
+        return upsample_bicubic(x, self.scale) + gain * (255 / 219)
 
     def _ensemble(self, x: Tensor, place: Place | None) -> Tensor:
         height, width = x.shape[-2:]
@@ -246,6 +275,7 @@ def quantise(band: Tensor, dtype: np.dtype) -> np.ndarray:
     if np.issubdtype(dtype, np.integer):
         top = np.iinfo(dtype).max
         band = band.mul_(top).round_().clamp_(0, top)
+        band = band.to(torch.uint8 if top == 255 else torch.int32)  # before it leaves a GPU
     return band.cpu().numpy().astype(dtype)
 
 

@@ -16,30 +16,35 @@ clamping and rounding are inside.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import inspect
 import io
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mlrn_arch import checkpoints, networks
 from mlrn_arch.archs.inherit import inherit
 from mlrn_arch.archs.mlrn_arch import MLRN
-from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.errors import UserError
 from mlrn_arch.inference import backends
 from mlrn_arch.machine import need
 from mlrn_arch.version import __version__
 
-FORMS = (".onnx", ".xml", ".safetensors", ".pth")
+FORMS = {  # and the packages that each needs
+    ".onnx": ["onnx", "onnxscript", "onnxruntime"],
+    ".xml": ["openvino", "onnx", "onnxscript"],
+    ".safetensors": ["safetensors"],
+    ".pth": [],
+}
 # Odd, low, and below what a plain export of ESA takes; then what every network takes.
 SHAPES = ((1, 23, 37), (3, 31, 22), (2, 16, 49), (1, 9, 14), (1, 48, 64), (2, 64, 32))
 
@@ -51,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("output", type=Path, metavar="OUTPUT", help=f"a file ({', '.join(FORMS)}), or a folder")
     add("--weights", metavar="FILE", help="a checkpoint in place of the network's own")
     add("--uint8", action="store_true", help="8-bit images in and out (.onnx and .xml)")
+    add("--opset", type=int, metavar="N", help="of ONNX (default: 20, the first that has GELU)")
     add("--ntire", type=int, metavar="TEAM", help="the challenge's number of your team")
     add(
         "--img-range",
@@ -82,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--ntire takes a team number from 1 to 99, and OUTPUT is a folder then")
     if args.uint8 and form not in (".onnx", ".xml"):
         raise UserError("--uint8 is for .onnx and .xml, which hold the computation")
+    if args.opset is not None and form != ".onnx":
+        raise UserError("--opset is for .onnx")
     outputs = [args.output, args.output.with_suffix(".bin")][: 2 if form == ".xml" else 1]
     for output in outputs:
         if output.is_dir():
@@ -90,12 +98,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{output} exists; give --overwrite to replace it, or another name")
     if not args.output.absolute().parent.is_dir():
         raise UserError(f"cannot write {args.output}: no such folder {args.output.parent}")
-    needed = {
-        ".onnx": ["onnx", "onnxscript", "onnxruntime"],
-        ".xml": ["openvino", "onnx", "onnxscript"],
-        ".safetensors": ["safetensors"],
-    }
-    need(f"writing {form}", *needed.get(form, []))
+    need(f"writing {form}", *FORMS.get(form, []))
 
     network, network_g = networks.load(args.network, args.weights)
     if args.img_range is not None:
@@ -104,14 +107,14 @@ def run(args: argparse.Namespace) -> None:
         network_g = {**network_g, "img_range": args.img_range}
         trained, (network, _) = network, networks.build(network_g)
         inherit(network.eval().requires_grad_(False), trained.state_dict(), trained.img_range)
-    write: dict[str, Callable] = {".onnx": _onnx, ".xml": _openvino}
     with _beside(args.output) as folder:
         file = folder / args.output.name
         if args.ntire is not None:
             _ntire(network, network_g, args.ntire, file)
-        elif form in write:
-            note = write[form](backends.Uint8(network) if args.uint8 else network, network_g, file)
-            print(note)
+        elif form in (".onnx", ".xml"):
+            network = backends.Uint8(network) if args.uint8 else network
+            model = backends.to_onnx(network, args.opset or backends.OPSET)
+            print((_onnx if form == ".onnx" else _openvino)(model, network, network_g, file))
         elif form == ".safetensors":
             from safetensors.torch import save
 
@@ -139,85 +142,33 @@ def _beside(output: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from None
 
 
-# --- forms --------------------------------------------------------------------------------------
-
-
-def _onnx(network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
+def _onnx(model: Any, network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
     import onnx
     import onnxruntime
 
-    model = _to_onnx(network)
     model.producer_name, model.producer_version = "mlrn_arch", __version__
     onnx.helper.set_model_props(model, {"network_g": json.dumps(network_g)})
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return _compare(network, lambda x: session.run(["output"], {"input": x})[0], "ONNX Runtime")
+    return backends.check(
+        "ONNX Runtime",
+        lambda x: torch.from_numpy(session.run(["output"], {"input": x.numpy()})[0]),
+        network,
+        SHAPES,
+    )
 
 
-def _openvino(network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
+def _openvino(model: Any, network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
     openvino = backends.import_openvino()
     # Not convert_model, which would report its use to its maker without asking.
-    model = openvino.Core().read_model(io.BytesIO(_to_onnx(network).SerializeToString()))
-    model.set_rt_info(json.dumps(network_g), ["network_g"])
-    openvino.save_model(model, file, compress_to_fp16=False)
-    compiled = openvino.compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return _compare(network, lambda x: compiled(x)["output"], "OpenVINO")
-
-
-def _to_onnx(network: nn.Module):
-    try:
-        return backends.to_onnx(network)
-    except UserError:
-        raise
-    except Exception as error:  # torch tells in many ways what it cannot export
-        name = type(getattr(network, "network", network)).__name__
-        raise UserError(
-            f"{name} cannot be exported with height and width left open: {first_line(error)}"
-        ) from None
-
-
-def _compare(network: nn.Module, run: Callable[[Any], Any], where: str) -> str:
-    """Compare an exported network with PyTorch; returns a line that says how far it is from it.
-
-    Raises:
-        UserError: They differ.
-    """
-    uint8 = isinstance(network, backends.Uint8)
-    generator = torch.Generator().manual_seed(0)
-    worst, sizes = 0.0, []
-    for batch, height, width in SHAPES:
-        x = torch.rand(batch, backends.channels(network), height, width, generator=generator)
-        if uint8:
-            x = (x.permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
-        try:
-            with torch.inference_mode():
-                y = network(x)
-        except Exception:  # some networks refuse some sizes
-            continue
-        difference = _difference(y, run, x.numpy())
-        if difference > (1 if uint8 else backends.TOLERANCE * max(1, y.abs().max())):
-            raise UserError(
-                f"in {where} the network gives something else than in PyTorch: a difference of "
-                f"{difference:.2g} for {batch} image(s) of {width}x{height}; nothing was written"
-            )
-        worst = max(worst, difference)
-        sizes.append(f"{batch}x{width}x{height}")
-    if not sizes:
-        raise UserError(f"PyTorch itself runs this network at none of the sizes {SHAPES}")
-    unit = "of 255" if uint8 else "of an output in [0, 1]"
-    return f"{where} and PyTorch differ by at most {worst:.2g} {unit} at {', '.join(sizes)}"
-
-
-def _difference(y: Tensor, run: Callable[[Any], Any], x: Any) -> float:
-    try:
-        z = torch.from_numpy(run(x))
-    except Exception as error:  # either runtime refuses a graph in its own way
-        raise UserError(f"the exported network does not run: {first_line(error)}") from None
-    return (z.float() - y.float()).abs().max().item() if z.shape == y.shape else float("inf")
-
-
-# --- the challenge's folder ---------------------------------------------------------------------
+    converted = openvino.Core().read_model(io.BytesIO(model.SerializeToString()))
+    converted.set_rt_info(json.dumps(network_g), ["network_g"])
+    openvino.save_model(converted, file, compress_to_fp16=False)
+    run = openvino.compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return backends.check(
+        "OpenVINO", lambda x: torch.from_numpy(run(x.numpy())["output"]), network, SHAPES
+    )
 
 
 def _ntire(network: nn.Module, network_g: dict[str, Any], team: int, folder: Path) -> None:
@@ -247,40 +198,20 @@ def _ntire(network: nn.Module, network_g: dict[str, Any], team: int, folder: Pat
 def standalone(network_class: type[nn.Module]) -> str:
     """The source of a network of this package as one module that imports torch alone.
 
-    Args:
-        network_class: A class of one of our `*_arch.py`.
-
     Raises:
         UserError: The network is not of this package.
     """
     if not network_class.__module__.startswith("mlrn_arch.archs."):
         raise UserError(f"{network_class.__name__} is not a network of mlrn_arch")
-    imports: dict[str, None] = {}  # in order, each once
-    bodies: dict[str, str] = {}
+    sources: dict[str, str] = {}  # by module, each behind those that it imports
 
     def add(module: str) -> None:
-        if module in bodies:
-            return
-        source = inspect.getsource(sys.modules[module])
-        dropped: set[int] = set()
-        for node in ast.parse(source).body:
-            drop = range(node.lineno - 1, node.end_lineno)
-            if isinstance(node, ast.ImportFrom) and node.level:
-                add(f"mlrn_arch.archs.{node.module}")
-            elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                if getattr(node, "module", "") != "basicsr.utils.registry":
-                    imports[ast.unparse(node)] = None
-            elif isinstance(node, ast.ClassDef) and node.decorator_list:
-                drop = range(node.decorator_list[0].lineno - 1, node.lineno - 1)
-            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-                continue
-            dropped.update(drop)
-        lines = [line for i, line in enumerate(source.splitlines()) if i not in dropped]
-        bodies[module] = "\n".join(lines).strip()
+        source = inspect.getsource(sys.modules[f"mlrn_arch.archs.{module}"])
+        for imported in re.findall(r"^from \.(\w+) import", source, re.M):
+            add(imported)
+        ours = r"^from (\.|basicsr|__future__).*? import (\([^)]*\)|.*)\n|^@ARCH_REGISTRY.*\n"
+        sources.setdefault(module, re.sub(ours, "", source, flags=re.M))
 
-    add(network_class.__module__)
-    head = f'"""{network_class.__name__} in one file, by mlrn_arch {__version__}."""'
-    first = [line for line in imports if "__future__" in line]
-    others = [line for line in imports if "__future__" not in line]
-    top = "\n\n".join([head, *first, "\n".join(others)])
-    return "\n\n\n".join([top, *bodies.values()]) + "\n"
+    add(network_class.__module__.rpartition(".")[2])
+    head = f"# {network_class.__name__} in one file, by mlrn_arch {__version__}.\n"
+    return "\n\n".join([f"{head}from __future__ import annotations", *sources.values()])

@@ -245,10 +245,12 @@ def _measure(
 
 
 def _seconds(network: Callable[[Tensor], Any], x: Tensor, calls: int) -> float:
-    if x.device.type == "cpu":
+    if x.device.type != "cuda":
         start = time.perf_counter()
         for _ in range(calls):
             network(x)
+        if x.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()

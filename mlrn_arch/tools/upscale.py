@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     pixels = {path: image_files.size(path) for path in inputs}
     few = sum(pixels.values()) * (8 if args.self_ensemble else 1) < FEW_PIXELS
     upscaler = Upscaler(
-        args.network or (None if args.weights and not args.scale else f"x{args.scale or 4}"),
+        args.network,
+        scale=args.scale,
         weights=args.weights,
         backend=args.backend or ("torch" if few else None),
         device=args.device,
