@@ -18,9 +18,12 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["mlrn_arch", "mlrn_arch.*"]),
+    packages=[*find_packages(include=["mlrn_arch", "mlrn_arch.*"]), "mlrn_arch.option_files"],
+    package_dir={"mlrn_arch.option_files": "options"},
+    py_modules=["mlrn_cli"],
     package_data={
         "mlrn_arch": ["weights/*.json", "weights/*.md", "weights/*.pth"],
+        "mlrn_arch.option_files": ["*.yml", "*/*.yml", "*/*.sh"],
         "mlrn_arch.tools": ["*.csv", "*.md", "compare/*.csv"],
     },
     # BasicSR 1.4.2 cannot be built on 3.13: its setup.py ends in KeyError: '__version__'.
@@ -44,5 +47,5 @@ setup(
         "all": sorted({package for packages in EXTRAS.values() for package in packages}),
         "test": ["hypothesis", "pytest", "ruff", "mlrn_arch[all]"],
     },
-    entry_points={"console_scripts": ["mlrn = mlrn_arch.cli:main"]},
+    entry_points={"console_scripts": ["mlrn = mlrn_cli:main"]},
 )

@@ -5,9 +5,10 @@ from mlrn_arch import compat  # first: without it `import basicsr` fails
 # isort: split
 from mlrn_arch import archs, models
 from mlrn_arch.networks import create_model
+from mlrn_arch.networks import names as list_models
 from mlrn_arch.version import __version__
 
-__all__ = ["Upscaler", "__version__", "archs", "compat", "create_model", "models"]
+__all__ = ["Upscaler", "__version__", "archs", "compat", "create_model", "list_models", "models"]
 
 
 def __getattr__(name: str):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +16,35 @@ from mlrn_arch.machine import need
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 StateDict = dict[str, torch.Tensor]
+FOLDER = Path(__file__).parent / "weights"
+PREFIX = "mlrn://"  # may stand before a shipped network's name, and must in an option file
+
+
+def resolve(path: str) -> str:
+    """The file of a checkpoint: `mlrn://NAME` is a shipped one, `~` the home folder.
+
+    Raises:
+        UserError: Nothing of that name is shipped.
+    """
+    if not path.startswith(PREFIX):
+        return os.path.expanduser(path)
+    file = FOLDER / f"MLRN_{path.removeprefix(PREFIX).removeprefix('MLRN_')}.pth"
+    if not file.is_file():
+        known = ", ".join(sorted(f"{PREFIX}{f.stem[5:]}" for f in FOLDER.glob("*.pth")))
+        raise UserError(f"no shipped checkpoint is named {path}; there are {known}")
+    return str(file)
 
 
 def read(path: str) -> dict[str, Any]:
     """Load a checkpoint onto the CPU as it is.
 
     Args:
-        path: A file that `torch.save` wrote, or one of safetensors by its ending.
+        path: A file that `torch.save` wrote, one of safetensors by its ending, or mlrn://NAME.
 
     Raises:
         UserError: No such file, or it is no checkpoint.
     """
-    file = os.path.expanduser(path)
+    file = resolve(path)
     safe = file.endswith(".safetensors")
     if safe:
         need(f"reading {path}", "safetensors")

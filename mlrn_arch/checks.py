@@ -27,7 +27,7 @@ from basicsr.utils.registry import (
 )
 from PIL import Image
 
-from mlrn_arch import networks
+from mlrn_arch import checkpoints, networks
 from mlrn_arch.compat import newest_states
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.machine import missing
@@ -243,7 +243,7 @@ def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[
     which = key.split("_", 1)[1]
     how = paths.get(f"param_key_{which}", "params"), paths.get(f"strict_load_{which}", True)
     try:
-        _, fault = networks.fitting(path, networks.read_checkpoint(path), network, *how)
+        _, fault = networks.fitting(path, checkpoints.read(path), network, *how)
     except UserError as error:
         fault = str(error)
     if fault:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import glob
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -21,23 +22,51 @@ import torch
 import torchvision.transforms.functional as tv_functional
 
 # torchvision dropped this module in 0.17; BasicSR's degradations.py takes one function from it.
-if importlib.util.find_spec("torchvision.transforms.functional_tensor") is None:
-    _shim = types.ModuleType("torchvision.transforms.functional_tensor")
+_NAME = "torchvision.transforms.functional_tensor"
+if _NAME not in sys.modules and importlib.util.find_spec(_NAME) is None:
+    _shim = types.ModuleType(_NAME)
+    _shim.__spec__ = importlib.machinery.ModuleSpec(_NAME, None)  # others' find_spec looks for it
     _shim.rgb_to_grayscale = tv_functional.rgb_to_grayscale
-    sys.modules[_shim.__name__] = _shim
+    sys.modules[_NAME] = _shim
 
-with warnings.catch_warnings():
-    # niqe.py imports from scipy.ndimage.filters, which SciPy 1 still offers with a warning.
-    warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*scipy.ndimage")
-    import basicsr  # noqa: F401
+try:
+    with warnings.catch_warnings():
+        # niqe.py imports from scipy.ndimage.filters, which SciPy 1 still offers with a warning.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*scipy.ndimage")
+        import basicsr  # noqa: F401
+except ModuleNotFoundError as _error:
+    if _error.name != "basicsr.version":
+        raise
+    _clone = importlib.util.find_spec("basicsr").submodule_search_locations[0]
+    raise ImportError(
+        f"the clone of BasicSR around {_clone} was never installed, so that a "
+        "file is missing; run `pip install --no-build-isolation -e .` there or take it off the path"
+    ) from None
 
+from basicsr.data import prefetch_dataloader  # noqa: E402
+from basicsr.data.prefetch_dataloader import CPUPrefetcher  # noqa: E402
 from basicsr.models.base_model import BaseModel  # noqa: E402
 from basicsr.utils import MessageLogger, check_resume, get_root_logger, get_time_str  # noqa: E402
+from basicsr.utils.registry import Registry  # noqa: E402
 
 from mlrn_arch import checkpoints  # noqa: E402
 from mlrn_arch.errors import UserError  # noqa: E402
 
 _model_to_device = BaseModel.model_to_device
+_do_register = Registry._do_register
+
+
+def _register(self: Registry, name: str, obj: Any, suffix: str | None = None) -> None:
+    """Register; of two by one name, another's goes before this package's. BasicSR refuses both."""
+    full = f"{name}_{suffix}" if isinstance(suffix, str) else name
+    known = self._obj_map.get(full)
+    own = [getattr(o, "__module__", "").partition(".")[0] == "mlrn_arch" for o in (known, obj)]
+    if known is not None and own[0] != own[1]:
+        other = obj if own[0] else known
+        print(f"{full} is {other.__module__}'s, not mlrn_arch's", file=sys.stderr)
+        self._obj_map[full] = other
+    else:
+        _do_register(self, name, obj, suffix)
 
 
 def _load_network(
@@ -68,8 +97,11 @@ def _model_to_device_cpu(self: BaseModel, net: torch.nn.Module) -> torch.nn.Modu
     return _model_to_device(self, net)
 
 
+Registry._do_register = _register
 BaseModel.load_network = _load_network
 BaseModel.model_to_device = _model_to_device_cpu
+if not torch.cuda.is_available():  # in BasicSR's own pipeline, which does not adapt options
+    prefetch_dataloader.CUDAPrefetcher = lambda loader, opt: CPUPrefetcher(loader)
 
 
 def load_state(path: str) -> dict[str, Any]:

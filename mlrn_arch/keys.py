@@ -65,6 +65,9 @@ KEYS: dict[str, dict[str, Kind]] = {
         "name": NAME, "model_type": TEXT, "scale": COUNT, "num_gpu": GPUS,
         "manual_seed": ("a whole number from 0 to 4294967295", _whole(0, 2**32 - 1)),
         "find_unused_parameters": FLAG, "dist_params": SECTION, "datasets": SECTION,
+        "import": ("a file or module to import, or several", lambda v: (
+            TEXT[1](v) or _list_of(TEXT)[1](v)
+        )),
         "network_*": SECTION, "path": SECTION, "train": SECTION, "val": SECTION, "logger": SECTION,
     },
     "datasets": {"*": SECTION},

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,13 @@ import torch
 import yaml
 from basicsr.utils.registry import ARCH_REGISTRY, Registry
 
-from mlrn_arch import archs, checkpoints  # noqa: F401 (archs registers the networks)
+from mlrn_arch import archs, checkpoints, plugins  # noqa: F401 (archs registers the networks)
+from mlrn_arch.checkpoints import FOLDER, PREFIX
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.machine import need
 
 Options = dict[str, Any]
 
-FOLDER = Path(__file__).parent / "weights"
-PREFIX = "mlrn://"  # may stand before a shipped network's name, and must in an option file
 FORMS = """NETWORK is one of
   x4, MLRN_x4, mlrn://x4, NTIRE_x4   a shipped network (`mlrn weights` lists them)
   FILE.yml                           the network_g of an option file, with its pretrain_network_g
@@ -193,7 +191,7 @@ def load(
         if any(True for _ in network.parameters()):
             raise UserError(f"{found.name} names no checkpoint; write {found.name}:CHECKPOINT")
         return network, found.network_g
-    loaded = found.loaded or read_checkpoint(found.checkpoint)
+    loaded = found.loaded or checkpoints.read(found.checkpoint)
     state, fault = fitting(found.checkpoint, loaded, network, found.param_key, found.strict)
     if fault:
         raise UserError(fault)
@@ -243,14 +241,45 @@ class _Described(torch.nn.Module):
         return self.descriptor(x).clone()  # of what inference mode made no loss has a gradient
 
 
+def option_files() -> dict[str, Path]:
+    """The option files that come with the package, by name."""
+    inside = FOLDER.parent / "option_files"  # of a wheel; a clone has them beside the package
+    folder = inside if inside.is_dir() else FOLDER.parents[1] / "options"
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.yml"), key=lambda path: (len(path.parts), path))
+    }
+
+
+def option_file(path: str) -> Path:
+    """The option file that is meant: `mlrn://NAME` is one that comes with the package.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if not path.startswith(PREFIX):
+        return Path(path)
+    name, known = path.removeprefix(PREFIX).removesuffix(".yml"), option_files()
+    if name not in known:
+        raise UserError(
+            f"no option file of that name comes with the package: {unknown(name, known)}"
+        )
+    return known[name]
+
+
 def load_yaml(path: str) -> Options:
-    """Read an option file without running anything in it.
+    """Read an option file, and import what its key `import` names; nothing else in it is run.
 
     Raises:
         UserError: No such file, not YAML, not a mapping, or it holds a Python tag.
     """
     try:
-        opt = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        opt = yaml.safe_load(option_file(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no option file {path} here; `mlrn options` lists those that come with the "
+            "package, which -opt takes as mlrn://NAME"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read the option file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -267,6 +296,7 @@ def load_yaml(path: str) -> Options:
         raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(opt, dict):
         raise UserError(f"{path} is not an option file: it has no `key: value` lines")
+    plugins.register(opt.get("import") or [])
     return opt
 
 
@@ -365,23 +395,6 @@ def check_call(
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-def resolve(path: str) -> str:
-    """The file of a checkpoint: `mlrn://NAME` is a shipped one, `~` the home folder.
-
-    Raises:
-        UserError: Nothing of that name is shipped.
-    """
-    try:
-        return info(path)["file"] if path.startswith(PREFIX) else os.path.expanduser(path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def read_checkpoint(path: str) -> Options:
-    """`checkpoints.read` of a file or of `mlrn://NAME`."""
-    return checkpoints.read(resolve(path))
-
-
 def fitting(
     path: str,
     checkpoint: Options,
@@ -421,7 +434,7 @@ def fitting(
 
 
 def _of_checkpoint(name: str, path: str) -> Source:
-    loaded = read_checkpoint(path)
+    loaded = checkpoints.read(path)
     try:
         network_g = checkpoints.deduce(loaded)
     except (ValueError, UserError) as error:

@@ -22,7 +22,7 @@ from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info, init_dist
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from mlrn_arch import checks, keys, machine, networks
+from mlrn_arch import checkpoints, checks, keys, machine, networks, plugins
 from mlrn_arch.errors import UserError
 from mlrn_arch.machine import DTYPES
 from mlrn_arch.models.fast_sr_model import FastSRModel
@@ -42,14 +42,15 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
         phase: `train` or `test`.
         argv: The command line after the verb; None takes `sys.argv`.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"mlrn {phase}",
-        description="Run BasicSR's own pipeline on an option file. The file is checked first; "
-        "outputs go below the current directory: "
+    parser = plugins.parser(
+        f"mlrn {phase}",
+        "Run BasicSR's own pipeline on an option file. The file is checked first; outputs go "
+        "below the current directory: "
         + ("experiments/ and tb_logger/." if phase == "train" else "results/."),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-opt", required=phase == "train", metavar="FILE", help="option file")
+    parser.add_argument(
+        "-opt", required=phase == "train", metavar="FILE", help="option file, or mlrn://NAME"
+    )
     if phase == "test":
         parser.add_argument(
             "network", nargs="?", metavar="NETWORK", help="test this instead of an option file"
@@ -61,12 +62,12 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
         default="none",
         help="how several processes were started: `pytorch` for torchrun (noticed by itself)",
     )
-    parser.add_argument(
-        "--auto_resume",
-        action="store_true",
-        help="go on from the newest whole state of this experiment; start anew if it has none",
-    )
     if phase == "train":
+        parser.add_argument(
+            "--auto_resume",
+            action="store_true",
+            help="go on from the newest whole state of this experiment; start anew if it has none",
+        )
         parser.add_argument(
             "--time_limit",
             type=float,
@@ -74,9 +75,12 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
             help="after so long finish the step, save, and end with the exit code 75, which says "
             "that the run is not finished (FastSRModel and its kinds)",
         )
-    parser.add_argument(
-        "--debug", action="store_true", help="log every step, validate and save every 8"
-    )
+        parser.add_argument(
+            "--debug", action="store_true", help="log every step, validate and save every 8"
+        )
+    else:  # of no use in a test, but BasicSR's test.py takes them
+        parser.add_argument("--auto_resume", action="store_true", help=argparse.SUPPRESS)
+        parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=0, help="set by torch's launchers"
     )
@@ -114,9 +118,11 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
             f"torchrun --nproc_per_node=2 -m mlrn_arch.{phase} -opt {args.opt}"
         )
     is_train = phase == "train"
+    plugins.register(args.imports)
     if not is_train and args.network:
         args.opt, forced = _test_of(args.network)
         args.force_yml = [*forced, *args.force_yml]
+    args.opt = str(networks.option_file(args.opt))
     opt = load_yaml(args.opt)
     required = checks.REQUIRED + checks.REQUIRED_TRAIN * is_train
     faults = _force(opt, args.force_yml) or [
@@ -233,7 +239,7 @@ def _set_defaults_and_paths(opt: Options) -> list[str]:
     for key, value in opt["path"].items():
         if value is not None and ("resume_state" in key or "pretrain_network" in key):
             with contextlib.suppress(UserError):  # checks.check tells
-                opt["path"][key] = networks.resolve(value)
+                opt["path"][key] = checkpoints.resolve(value)
     kind = "experiments" if opt["is_train"] else "results"
     root = os.path.join(opt["root_path"], kind, str(opt["name"]))
     opt["path"]["experiments_root" if opt["is_train"] else "results_root"] = root

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+if not __package__:  # `python mlrn_arch/test.py`: this folder's names are no modules
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# isort: split
 from collections.abc import Sequence
 
 from mlrn_arch import compat, data, errors, options

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
+
+if not __package__:  # `python mlrn_arch/train.py`: this folder's names are no modules
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# isort: split
+from mlrn_arch import compat, data, errors, options  # before BasicSR, which needs compat
+from mlrn_arch.models.fast_sr_model import FastSRModel
+
+# isort: split
+import signal
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from basicsr.models import build_model
 from basicsr.utils.registry import MODEL_REGISTRY
-
-from mlrn_arch import compat, data, errors, options
-from mlrn_arch.models.fast_sr_model import FastSRModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:

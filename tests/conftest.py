@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from mlrn_arch import cli, options  # makes `import basicsr` work, too
+import mlrn_cli
+from mlrn_arch import options  # makes `import basicsr` work, too
 
 # isort: split
 from basicsr.models import build_model
@@ -28,7 +29,7 @@ SHARED = REPOSITORY.parent / "shared"
 def mlrn(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     """Run `mlrn ARGUMENTS` as a user would; stdout and stderr come back as one text."""
     return subprocess.run(
-        [sys.executable, "-m", "mlrn_arch.cli", *arguments],
+        [sys.executable, "-m", "mlrn_arch", *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
@@ -46,7 +47,7 @@ def mlrn_here(monkeypatch, capsys):
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["mlrn", *map(str, arguments)])
         try:
-            code = cli.main()
+            code = mlrn_cli.main()
         except SystemExit as end:  # argparse
             code = end.code
         return code, *capsys.readouterr()

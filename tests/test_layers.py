@@ -14,7 +14,9 @@ ORDER = [
     "checkpoints",
     "compat",
     "archs",
+    "plugins",
     "networks",
+    "keys",
     "data",
     "models",
     "checks",
@@ -23,7 +25,7 @@ ORDER = [
     "test",
     "inference",
     "tools",
-    "cli",
+    "__main__",
     "spandrel",
     "mlrn_arch",
 ]

@@ -235,7 +235,7 @@ def test_unsafe_or_broken_files(tmp_path, monkeypatch, text, message):
     with pytest.raises(UserError, match=f"options.yml.*{message}"):
         options.read("train", ["-opt", str(path)])
     assert not (tmp_path / "pwned").exists()
-    with pytest.raises(UserError, match="cannot read the option file"):
+    with pytest.raises(UserError, match="there is no option file"):
         options.read("train", ["-opt", str(tmp_path / "none.yml")])
 
 

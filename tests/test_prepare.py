@@ -341,7 +341,7 @@ def test_killed_runs_continue_to_the_same_records(many, tmp_path):
     # waits after a few, so that it does not end before it is killed
     script = """
 import signal, sys, time
-from mlrn_arch import cli
+import mlrn_cli
 from mlrn_arch.tools import prepare
 
 # which shells make what they run in the background ignore, and that its children
@@ -355,7 +355,7 @@ def waiting(*arguments, stream=prepare._stream):
         yield result
 
 prepare._COMMIT_BYTES, prepare._stream = 0, waiting
-sys.exit(cli.main())
+sys.exit(mlrn_cli.main())
 """
     command = [sys.executable, "-c", script, "prepare", str(many), str(out), *settings]
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):

@@ -301,7 +301,7 @@ def test_formats(run, tmp_path, network, suffix):
     Image.fromarray(smooth(36, 50, 3)).save(file, **kept)
     before = file.read_bytes()
     code, out, err = run(file)
-    assert (code, err) == (0, "") and "1 of 1" in out
+    assert (code, err) == (0, "") and "1 upscaled" in out
     with Image.open(file) as source, Image.open(tmp_path / f"upscaled/photo_x2{suffix}") as image:
         assert image.format == source.format
         assert image.info.get("icc_profile") == kept.get("icc_profile")
@@ -470,7 +470,7 @@ def test_what_is_there_is_kept_and_what_is_bad_is_named(run, tmp_path):
     planes = smooth(30, 30, 3, 65535).transpose(2, 0, 1)
     tifffile.imwrite(photos / "planes.tif", planes, photometric="rgb", planarconfig="separate")
     code, out, err = run(photos, "absent.png", "-o", "large", "--format", "jpg")
-    assert code == 1 and "1 of 6" in out
+    assert code == 1 and "1 upscaled, 5 not: large, x2 by " in out
     assert len(err.splitlines()) == 5 and "Traceback" not in err
     for name in ("torn.png", "text.jpg", "planes.tif", "glass.png", "absent.png"):
         assert sum(name in line for line in err.splitlines()) == 1
@@ -478,8 +478,8 @@ def test_what_is_there_is_kept_and_what_is_bad_is_named(run, tmp_path):
 
     output = tmp_path / "large/good_x2.jpg"
     output.write_bytes(b"mine")
-    code, _, err = run(photos / "good.png", "-o", "large", "--format", "jpg")
-    assert code == 2 and "--overwrite" in err and output.read_bytes() == b"mine"
+    code, out, _ = run("-i", photos / "good.png", "-o", "large", "--format", "jpg")
+    assert code == 0 and "0 upscaled, 1 already there" in out and output.read_bytes() == b"mine"
     code, _, err = run(photos / "good.png", "-o", "large", "--format", "jpg", "--overwrite")
     assert (code, err) == (0, "") and output.read_bytes() != b"mine"
     code, _, err = run(photos / "good.png", "-o", photos / "good.png", "--overwrite")
@@ -494,7 +494,16 @@ def test_two_inputs_for_one_output(run, tmp_path):
     assert code == 2 and "a.bmp and a.png would both become" in err
     assert not (tmp_path / "upscaled").exists()
     code, out, _ = run("a.*", "a.png")
-    assert code == 0 and "2 of 2" in out
+    assert code == 0 and "2 upscaled: upscaled" in out
+
+
+def test_folders_below_keep_their_places(run, tmp_path):
+    for folder in ("", "a", "a/b"):
+        (tmp_path / "photos" / folder).mkdir(exist_ok=True)
+        Image.fromarray(smooth(30, 30, 3)).save(tmp_path / "photos" / folder / "same.png")
+    assert run("photos", "-r", "-o", "large")[0] == 0
+    made = {str(path.relative_to(tmp_path)) for path in (tmp_path / "large").rglob("*.png")}
+    assert made == {f"large/{folder}same_x2.png" for folder in ("", "a/", "a/b/")}
 
 
 def test_a_failure_in_the_middle_leaves_nothing_behind(run, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from mlrn_arch import checkpoints, networks
+from mlrn_arch import checkpoints
 from mlrn_arch.archs.inherit import inherit
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.compat import newest_states
@@ -491,7 +491,7 @@ def inherit_weights(network: torch.nn.Module, path: str) -> None:
     """
     if not isinstance(network, MLRN):
         raise UserError(f"{type(network).__name__} inherits from no other network; MLRN does")
-    checkpoint = networks.read_checkpoint(path)
+    checkpoint = checkpoints.read(path)
     state, img_range = checkpoints.state_dict(checkpoint), 255.0
     try:
         if "conv_1.weight" not in state:  # no RLFN

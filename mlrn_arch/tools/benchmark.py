@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     sides: dict[str, Connection] = {}
     for name, forced in (("stock", [*STOCK, *args.stock_yml]), ("this file", [])):
         sides[name], other = context.Pipe()
-        arguments = ["-opt", args.opt, "--force_yml", *args.force_yml, *forced]
+        arguments = ["-opt", args.opt]
+        if entries := [*args.force_yml, *forced]:  # argparse refuses the flag without
+            arguments += ["--force_yml", *entries]
         # No daemon: it has loader workers. It ends when this process closes the pipe, or is gone.
         context.Process(target=_side, args=(other, arguments, args.loader)).start()
         other.close()

@@ -129,7 +129,7 @@ def _step(folder: Path, command: str, show: str | None = None) -> None:
     """Run `mlrn COMMAND` in the folder; of its output show all, or the lines that have `show`."""
     print(f"\n{folder}$ mlrn {command}", flush=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlrn_arch.cli", *command.split()],
+        [sys.executable, "-m", "mlrn_arch", *command.split()],
         cwd=folder,
         stdout=subprocess.PIPE if show else None,
         stderr=subprocess.STDOUT if show else None,

@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import shutil
 import sys
@@ -39,7 +38,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mlrn_arch import machine, networks
+from mlrn_arch import machine, networks, plugins
 from mlrn_arch.errors import UserError
 from mlrn_arch.inference import image_files
 from mlrn_arch.inference.image_files import BadImage
@@ -77,8 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shrink", type=int, nargs="+", choices=(1, 2, 3, 4),
         help="with --teacher: LR images are the photographs shrunk by each of these (default: the "
         "scale); smaller factors give more of them")
-    add("--import", dest="imports", nargs="+", default=[], metavar="FILE",
-        help="Python files that register networks with BasicSR, such as the teacher's")
     add("--benchmark", action="store_true", help="write GTmod*/LRbicx* folders of PNGs, no LMDBs")
     add("--workers", type=int, help="images worked on at a time (default: one a CPU core)")
     add("--overwrite", action="store_true", help="make anew what is already there")
@@ -114,8 +111,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--teacher makes training data of one scale: add --scale 4, say")
         args.shrink = sorted(set(args.shrink or args.scale))
         _teacher(args.teacher, args.scale[0], tuple(args.imports))  # faults are told here
-    elif args.shrink or args.imports:
-        raise UserError("--shrink and --import are for --teacher; name one")
+    elif args.shrink:
+        raise UserError("--shrink is for --teacher; name one")
     images = _find_images(args.input, args.output)
     pairs = [args.output / f"{kind}{s}" for s in args.scale for kind in ("GTmod", "LRbicx")]
     if args.benchmark and args.input.resolve() in (folder.resolve() for folder in pairs):
@@ -440,11 +437,7 @@ def _teacher(spec: str, scale: int, imports: tuple[str, ...]) -> Upscaler:
     Raises:
         UserError: There is no such network or checkpoint, or it has another scale.
     """
-    for file in imports:
-        try:
-            runpy.run_path(file)
-        except OSError as error:
-            raise UserError(f"--import {file}: {error.strerror}") from None
+    plugins.register(imports)  # in a worker, too
     # On the CPU, for the workers are many; one back end, for all images to be taught alike.
     teacher = Upscaler(networks.load_teacher(spec, scale), device="cpu", backend="torch")
     if teacher.scale != scale:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import glob
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,9 @@ FORMATS = ("png", "jpg", "webp", "bmp", "tiff")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mlrn upscale` on `parser`."""
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="image, folder (its images) or quoted pattern")
+    add("inputs", nargs="*", metavar="INPUT", help="image, folder (its images) or quoted pattern")
+    add("-i", "--input", action="append", default=[], metavar="INPUT", help="the same")
+    add("-r", "--recursive", action="store_true", help="folders with those below, kept apart in -o")
     add(
         "-o",
         "--output",
@@ -60,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 {networks.FORMS}
 
-A folder stands for the images directly in it, a quoted "photos/**/*.png" for those below as well.
+A folder stands for the images directly in it, with -r for those below as well. Outputs that are
+there already are kept, and count as done.
 JPEG, WebP and BMP hold 8 bits: 16-bit images are rounded for them. Of animations the first frame is
 taken. Images below {MIN_SIZE} pixels a side are continued by their mirror image and cropped again.
 Exit code: 0 all done, 1 some not, 2 none."""
@@ -77,11 +81,14 @@ def run(args: argparse.Namespace) -> int:
     if args.network and args.scale:
         raise UserError("--scale is that of a shipped network; with --network leave it out")
     Image.MAX_IMAGE_PIXELS = None  # large photographs are no attack here
-    inputs, missing = _find(args.inputs)
+    if not args.inputs + args.input:
+        raise UserError("name an image, a folder or a quoted pattern to upscale")
+    inputs, missing = _find(args.inputs + args.input, args.recursive)
     for line in missing:
         print(f"mlrn upscale: {line}", file=sys.stderr)
     if not inputs:
         return 2
+    since = time.monotonic()
     pixels = {path: image_files.size(path) for path in inputs}
     few = sum(pixels.values()) * (8 if args.self_ensemble else 1) < FEW_PIXELS
     upscaler = Upscaler(
@@ -96,17 +103,19 @@ def run(args: argparse.Namespace) -> int:
     )
     jobs = _outputs(inputs, args, upscaler.scale)
 
-    done = 0
+    done = there = 0
     with tqdm(
         total=sum(pixels.values()), unit="pixel", unit_scale=True, disable=None, dynamic_ncols=True
     ) as bar:
         for path, output in jobs.items():
-            end = bar.n + pixels[path]
+            bar.set_description(path.name)
+            end, note = bar.n + pixels[path], ""
             try:
                 if output.exists() and not args.overwrite:
-                    raise BadImage(f"{output} is there and is kept; --overwrite replaces it")
-                note = _upscale(upscaler, path, output, args.quality, bar.update)
-                done += 1
+                    there += 1
+                else:
+                    note = _upscale(upscaler, path, output, args.quality, bar.update)
+                    done += 1
             except BadImage as reason:
                 note = str(reason)
             except (MemoryError, RuntimeError) as error:  # torch's out of memory is the latter
@@ -114,18 +123,29 @@ def run(args: argparse.Namespace) -> int:
             if note:
                 bar.write(f"mlrn upscale: {path}: {note}", file=sys.stderr)
             bar.update(end - bar.n)
-    print(f"{done} of {len(jobs) + len(missing)} upscaled")
-    return 2 if not done else 1 if missing or done < len(jobs) else 0
+    kept = f", {there} already there (--overwrite replaces them)" * (there > 0)
+    failed = len(jobs) + len(missing) - done - there
+    print(
+        f"{done} upscaled{kept}{f', {failed} not' * (failed > 0)}: {args.output}, "
+        f"x{upscaler.scale} by {args.weights or args.network or f'mlrn://x{upscaler.scale}'}, "
+        f"{time.monotonic() - since:.1f} s"
+    )
+    return 2 if not done + there else 1 if failed else 0
 
 
-def _find(names: list[str]) -> tuple[list[Path], list[str]]:
-    """The image files that the arguments stand for, each once, and what is wrong with the rest."""
-    files, missing = {}, []
+def _find(names: list[str], recursive: bool) -> tuple[dict[Path, Path], list[str]]:
+    """The image files that the arguments stand for, each once, and what is wrong with the rest.
+
+    With each the folder of it below the argument.
+    """
+    files: dict[Path, tuple[Path, Path]] = {}
+    missing = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = [p for p in path.iterdir() if p.suffix.lower() in image_files.FORMATS]
-            found = [p for p in found if p.is_file() and not p.name.startswith(".")]
+            below = path.rglob("*") if recursive else path.iterdir()
+            found = [p for p in below if p.suffix.lower() in image_files.FORMATS and p.is_file()]
+            found = [p for p in found if not p.name.startswith(".")]
         elif path.exists():
             found = [path]
         else:
@@ -133,12 +153,14 @@ def _find(names: list[str]) -> tuple[list[Path], list[str]]:
         if not found:
             what = "no images in it" if path.is_dir() else "no such file"
             missing.append(f"{name}: {what}")
-        files.update({file.resolve(): file for file in sorted(found)})
-    return list(files.values()), missing
+        for file in sorted(found):
+            folder = file.parent.relative_to(path) if path.is_dir() else Path()
+            files[file.resolve()] = file, folder
+    return dict(files.values()), missing
 
 
-def _outputs(inputs: list[Path], args: argparse.Namespace, scale: int) -> dict[Path, Path]:
-    """The output of each input.
+def _outputs(inputs: dict[Path, Path], args: argparse.Namespace, scale: int) -> dict[Path, Path]:
+    """The output of each input, below its folder.
 
     Raises:
         UserError: Two would be the same file, or one an input, or there is no folder for them.
@@ -150,11 +172,12 @@ def _outputs(inputs: list[Path], args: argparse.Namespace, scale: int) -> dict[P
     if single and kinds - {image_files.FORMATS[args.output.suffix.lower()]}:
         raise UserError(f"--format {args.format} and -o {args.output} contradict each other")
     jobs, sources = {}, {}
-    for path in inputs:
+    for path, folder in inputs.items():
         suffix = path.suffix
         if args.format or suffix.lower() not in image_files.FORMATS:
             suffix = f".{args.format or 'png'}"
-        output = args.output if single else args.output / f"{path.stem}_x{scale}{suffix}"
+        output = args.output / folder / f"{path.stem}_x{scale}{suffix}"
+        output = args.output if single else output
         if output.resolve() in sources:
             raise UserError(
                 f"{sources[output.resolve()]} and {path} would both become {output}; upscale them "
@@ -166,11 +189,11 @@ def _outputs(inputs: list[Path], args: argparse.Namespace, scale: int) -> dict[P
     if clash := originals.keys() & sources.keys():
         path = originals[min(clash)]
         raise UserError(f"{path} is an input and would be an output as well; choose another -o")
-    folder = args.output.parent if single else args.output
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    for folder in {output.parent for output in jobs.values()}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
     return jobs
 
 
@@ -195,7 +218,7 @@ def _upscale(
             f"its output of {shape[1]}x{shape[0]} takes {need / 1e9:.1f} GB of memory, "
             f"{free / 1e9:.1f} GB are free; cut it into parts"
         )
-    image = torch.from_numpy(picture.array)
+    image = torch.from_numpy(np.require(picture.array, requirements="W"))
     bands = (quantise(band, dtype) for band in upscaler.bands(image, progress))
     image_files.write(output, bands, shape, dtype, picture, quality)
     return picture.note
