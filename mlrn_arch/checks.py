@@ -83,6 +83,9 @@ def check(opt: Options) -> Iterator[str]:
         opt["path"].get("resume_state")
         or (opt["auto_resume"] and newest_states(opt["path"]["training_states"]))
     )
+    state = opt["path"].get("resume_state")
+    if state and not os.path.isfile(state):
+        yield f"path:resume_state: no such file {state}"
     for key in [key for key in opt if key.startswith("network_")]:
         if key != "network_t":
             yield from _check_network(opt, key, ignore_checkpoint=bool(resuming))

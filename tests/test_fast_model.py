@@ -30,6 +30,7 @@ from conftest import (
     start_training,
     write_yaml,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlrn_arch import compat, machine, options
 from mlrn_arch.errors import UserError
@@ -378,6 +379,9 @@ def test_the_end_of_a_short_run(tmp_path, fast_options, mlrn_here, monkeypatch, 
     assert mlrn_here("train", "-opt", path)[0] == 0
     assert "prefetch_mode cpu off" in log.text and "@ 8 iter" in log.text
     assert re.findall(r"eta: (.+?), time", log.text)[-1] == "0:00:00"
+    shown = EventAccumulator(str(tmp_path / "tb_logger/tiny")).Reload()
+    assert [event.step for event in shown.Scalars("lr")] == list(range(1, 9))
+    assert set(shown.Tags()["images"]) == {f"tiny_val/{kind}" for kind in ("lq", "result", "gt")}
 
 
 def test_an_image_that_only_decoding_shows_to_be_broken(

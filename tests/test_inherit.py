@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, SHARED, write_yaml
+from conftest import REPOSITORY, SHARED, start_training, write_yaml
 from torch import nn
 
 from mlrn_arch.archs.inherit import inherit
@@ -195,6 +195,23 @@ def test_resume_with_a_teacher_is_bit_identical(tmp_path, distill_options, mlrn_
     one, other = (torch.load(tmp_path / f / latest, weights_only=True) for f in ("whole", "parts"))
     for key in one:
         assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would want a GPU each")
+def test_two_processes_learn_as_one_with_twice_the_batch(
+    tmp_path, distill_options, mlrn_here, monkeypatch, log
+):
+    monkeypatch.chdir(tmp_path)
+    distill_options["train"]["total_iter"] = 6
+    path = write_yaml(tmp_path / "tiny.yml", distill_options)
+    force = ["--force_yml", "name=one", "datasets:train:batch_size_per_gpu=8"]
+    assert mlrn_here("train", "-opt", path, *force)[0] == 0
+    process = start_training(path, tmp_path, processes=2)
+    two, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, two
+    l_pix = [[float(x) for x in re.findall(r"l_pix: (\S+)", text)] for text in (log.text, two)]
+    assert l_pix[1] == pytest.approx(l_pix[0], rel=1e-2) and len(l_pix[1]) == 6
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ REFUSED = [
     ("datasets:val:filename_tmpl", "x4", "filename_tmpl: must be text with one {}, not 'x4'"),
     ("logger:print_freq", 0, "logger:print_freq: must be a whole number, 1 or more, not 0"),
     ("num_gpu", -1, "num_gpu: must be auto or a whole number, 0 or more, not -1"),
+    ("path:resume_state", "/no/5.state", "path:resume_state: no such file /no/5.state"),
     ("path:resume_state", 4, "path:resume_state: must be text, not 4"),
     ("datasets:train:gt_size", "64", "gt_size: 64 is text to YAML; write 64"),
     ("val:metrics:psnr:crop_border", "2px", "crop_border: must be a whole number, 0 or more"),

@@ -68,6 +68,7 @@ class FastSRModel(SRModel):
     sampler: ResumableSampler | None = None  # set by `mlrn train`; its position is saved
     stop_signal = 0  # of the process, so of the class
     validation_failed = False  # likewise
+    first_visuals: dict[str, torch.Tensor] = {}  # of a validation, for TensorBoard
     partial = False  # while the metrics are those of one process among several
 
     def __init__(self, opt: dict[str, Any]) -> None:
@@ -242,25 +243,33 @@ class FastSRModel(SRModel):
         """Validate as `SRModel` does, all processes together; keep the best by val:save_best."""
         if self.is_train:  # BasicSR counts one step that it does not make
             current_iter = min(current_iter, self.opt["train"]["total_iter"])
-        self.current_iter = current_iter
+        self.current_iter, self.first_visuals = current_iter, {}
         since = time.monotonic()
+        name = dataloader.dataset.opt["name"]
         try:
             super().validation(dataloader, current_iter, tb_logger, save_img)
         except Exception as error:
             if not self.is_train:
                 raise
             FastSRModel.validation_failed = True
-            name = dataloader.dataset.opt["name"]
             reason = str(error).rpartition("UserError: ")[2]  # out of a worker with a traceback
             get_root_logger().error(f"Validation of {name} failed: {reason}; training goes on")
             return
         finally:
             self.samples_since += time.monotonic() - since
+        for kind, image in self.first_visuals.items() if tb_logger else ():
+            tb_logger.add_image(f"{name}/{kind}", image[0].clamp(0, 1), current_iter)
         metric = self.opt["val"].get("save_best")
         if self.is_train and metric and self.opt["rank"] == 0:
             first, records = next(iter(self.best_metric_results.items()))
-            if first == dataloader.dataset.opt["name"] and records[metric]["iter"] == current_iter:
+            if first == name and records[metric]["iter"] == current_iter:
                 self._write(self._networks(), self._model_path("best"))
+
+    def get_current_visuals(self) -> OrderedDict[str, torch.Tensor]:
+        """The images of the last `test`: lq, result and gt, (1, c, h, w) in [0, 1]."""
+        visuals = super().get_current_visuals()
+        self.first_visuals = self.first_visuals or visuals
+        return visuals
 
     def dist_validation(
         self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool
