@@ -24,7 +24,7 @@ setup(
     package_data={
         "mlrn_arch": ["weights/*.json", "weights/*.md", "weights/*.pth"],
         "mlrn_arch.option_files": ["*.yml", "*/*.yml", "*/*.sh"],
-        "mlrn_arch.tools": ["*.csv", "*.md", "compare/*.csv"],
+        "mlrn_arch.tools": ["*.md", "compare/*.csv"],
     },
     # BasicSR 1.4.2 cannot be built on 3.13: its setup.py ends in KeyError: '__version__'.
     python_requires=">=3.10,<3.13",

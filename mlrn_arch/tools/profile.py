@@ -34,7 +34,6 @@ from mlrn_arch import machine, networks
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.inference import backends, counting
 from mlrn_arch.machine import DTYPES
-from mlrn_arch.tools import ntire2023
 
 __doc__ = __doc__.format(counts=counting.__doc__.strip())
 
@@ -75,14 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", nargs="+", choices=backends.NAMES, help="time these back ends as well")
     add("--rounds", type=_positive, default=5, help="turns of each network (default: %(default)s)")
     add("--no-runtime", action="store_true", help="count only")
-    add("--leaderboard", action="store_true", help="place them among the entries of NTIRE 2023")
-    add("--time", type=_amount, metavar="MS", help="average time on the challenge's hardware")
-    add("--memory", type=_amount, metavar="MIB", help="peak memory on the challenge's hardware")
     add("--json", type=Path, metavar="FILE", help="write all figures, unrounded")
     add("--csv", type=Path, metavar="FILE", help="the same as a table")
     parser.epilog = f"""examples:
   mlrn profile MLRN RLFN:num_feat=48 EDSR:num_in_ch=3,num_out_ch=3 options/test_MLRN_x4.yml
-  mlrn profile NTIRE_x4 --leaderboard --no-runtime
+  mlrn profile NTIRE_x4 --input-size 256x256 --no-runtime
 
 {networks.FORMS}
 Of a checkpoint the form counts; without one the network is profiled untrained."""
@@ -92,16 +88,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
     return int(text)
-
-
-def _amount(text: str) -> float:
-    try:
-        amount = float(text)
-    except ValueError:
-        amount = math.nan
-    if not 0 < amount < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return amount
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -118,14 +104,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: Arguments contradict each other, there is no GPU, a file cannot be written.
     """
-    if args.leaderboard:
-        args.input_size = args.input_size or (None if args.output_size else (256, 256))
-        if args.input_size != (256, 256) or args.frames:
-            raise UserError("--leaderboard compares at the challenge's --input-size 256x256 only")
-    elif args.time is not None or args.memory is not None:
-        raise UserError("--time and --memory belong to --leaderboard")
-    if (args.time is not None or args.memory is not None) and len(args.networks) > 1:
-        raise UserError("--time and --memory are those of one network; give just that one")
     if args.backend and args.no_runtime:
         raise UserError("--backend measures, --no-runtime forbids it; give one of them")
     device = machine.choose_device(args.device)
@@ -155,8 +133,6 @@ def run(args: argparse.Namespace) -> int:
         _print_table(rows, where)
         if args.backend:
             _print_backends(rows, args.backend, where)
-        if args.leaderboard:
-            faults += _print_leaderboard(rows, args)
         _write(args, rows, where)
     for fault in faults:
         print(f"mlrn profile: {fault}", file=sys.stderr)
@@ -309,37 +285,6 @@ def _print_columns(lines: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells))
 
 
-def _print_leaderboard(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[str]:
-    """Print the places in Table 3 and keep them in the rows; returns the faults."""
-    faults = []
-    lines = [["NTIRE 2023, value (place)", "time ms", "params M", "FLOPs G", "acts M", "memory MiB",
-              "model comp.", "overall"]]  # fmt: skip
-    for row in rows:
-        if row["upscale"] != 4:
-            faults.append(f"{row['network']}: is x{row['upscale']}, the challenge's networks x4")
-            continue
-        measured = {"time_ms": args.time, "memory_mib": args.memory}
-        values = {column: value for column, value in measured.items() if value is not None}
-        values["params_m"] = row["parameters"] / 1e6
-        values["flops_g"] = row["flops"] / 1e9
-        values["acts_m"] = row["activations"] / 1e6
-        row["leaderboard"] = places = ntire2023.places(values)
-        line = [row["network"]]
-        for column, (rank, decimals) in ntire2023.RANKED.items():
-            known = column in values
-            line += [f"{values[column]:.{decimals}f} ({places[rank]})" if known else "-"]
-        for column in ("complexity", "overall"):
-            known = column in places
-            line += [f"{places[column]} ({places[column + '_rank']})" if known else "-"]
-        lines.append(line)
-    if len(lines) > 1:
-        print()
-        _print_columns(lines)
-        if args.time is None or args.memory is None:
-            print("- : not comparable; give --time and --memory of the challenge's hardware")
-    return faults
-
-
 def _write(args: argparse.Namespace, rows: Sequence[dict[str, Any]], where: str) -> None:
     """Write --json and --csv.
 
@@ -350,13 +295,10 @@ def _write(args: argparse.Namespace, rows: Sequence[dict[str, Any]], where: str)
         if args.json:
             args.json.write_text(json.dumps({"machine": where, "networks": rows}, indent=2) + "\n")
         if args.csv:
-            flat = [{**row, **row.get("leaderboard", {})} for row in rows]
-            keys = [
-                key for key in dict.fromkeys(k for r in flat for k in r) if key != "leaderboard"
-            ]
+            keys = list(dict.fromkeys(key for row in rows for key in row))
             with args.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, keys, extrasaction="ignore")
+                writer = csv.DictWriter(file, keys)
                 writer.writeheader()
-                writer.writerows(flat)
+                writer.writerows(rows)
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}") from None

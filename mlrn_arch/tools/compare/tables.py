@@ -54,11 +54,11 @@ def _cell_text(rows: list[Row], row: Row, column: str, printed: dict[str, str]) 
         ranks = sorted(texts, key=float, reverse=True)
         if len(ranks) > 1 and text == ranks[0]:
             text = f"**{text}**"
-        elif len(ranks) > 1 and text == ranks[1]:
+        elif len(ranks) > 2 and text == ranks[1]:
             text = f"<u>{text}</u>"
     if column in printed:
         text += f" ({printed[column]}"
-        if value is not None:
+        if value is not None and column != "time_ms":  # which is another machine's
             text += f", {text_of(column, value - number(printed[column]), '+')}"
         text += ")"
     return text
