@@ -80,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--import", dest="imports", nargs="+", default=[], metavar="FILE",
         help="Python files that register networks with BasicSR, such as the teacher's")
     add("--benchmark", action="store_true", help="write GTmod*/LRbicx* folders of PNGs, no LMDBs")
-    add("--workers", type=int, help="images worked on at a time (default: one a CPU core)")
+    add("--workers", type=int, default=machine.cores(),
+        help="images worked on at a time (default: %(default)s, one a CPU core)")
     add("--overwrite", action="store_true", help="make anew what is already there")
     # fmt: on
     parser.epilog = """examples:
@@ -101,8 +102,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: if nothing can be done, or what is already there forbids it.
     """
-    if args.workers is None:
-        args.workers = machine.cores()
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
     for option, value in (("--crop-size", args.crop_size), ("--step", args.step)):
@@ -358,10 +357,10 @@ def _training(args: argparse.Namespace, images: dict[str, Path]) -> int:
     other = [key for key in hr_counts or () if counts.get(key) != hr_counts[key]]
     if other or not counts:
         shutil.rmtree(unfinished)
-        if counts:
+        text = f"no image in {args.input} can be used"
+        if other:
             text = f"{args.input} no longer gives the sub-images of {other[0]} that {lmdbs[1]} has"
-            raise UserError(f"{text}; {_ANEW}")
-        raise UserError(f"no image in {args.input} can be used")
+        raise UserError(f"{text}; {_ANEW}" if other else text)
     level = 1 if args.format == "png" else 0
     for s, folder in folders.items():
         side = args.crop_size // s
