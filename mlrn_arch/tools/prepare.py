@@ -129,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("mlrn prepare: interrupted; the same command continues", file=sys.stderr)
         return 130
+    except RuntimeError as error:  # of the handler of a signal, which may come at any time
+        raise _killed(error, "") from None
     except (OSError, lmdb.Error) as error:
         raise UserError(
             f"cannot write to {args.output}: {error}; if its disk is full, free some space: the "
@@ -193,7 +195,7 @@ def _stream(
         collate_fn=functools.partial(_attempt, work),
         worker_init_fn=_end_with_parent,
     )
-    path = "the first image"
+    path = "the start"
     try:
         bar = tqdm(results, unit=" images", disable=None, dynamic_ncols=True)
         for (key, path), result in zip(images.items(), bar, strict=True):
@@ -206,12 +208,16 @@ def _stream(
             tally.update(result[0])
             yield key, result[1]
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a worker process was killed soon after {path}, for want of memory perhaps; the same "
-            f"command with --workers {max(1, workers // 2)} continues"
-        ) from None
+        raise _killed(error, f" soon after {path}") from None
+
+
+def _killed(error: RuntimeError, where: str) -> Exception:
+    if "DataLoader worker" not in str(error):
+        return error
+    return UserError(
+        f"a worker process was killed{where}, for want of memory perhaps; the same command with "
+        "--workers 1 continues, and stops at the image if it is one"
+    )
 
 
 def _end_with_parent(_: int) -> None:
