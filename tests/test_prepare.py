@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -251,6 +252,20 @@ def test_bad_images_are_named_and_the_rest_is_made(photos, tmp_path):
         assert re.search(rf"left out: .*{name}: .+", done.stdout)
     assert "3 of 7 images" in done.stdout and "4 left out" in done.stdout
     assert len(records(tmp_path / "D/D_train_HR_sub.lmdb")) == 15
+
+
+def test_a_file_that_kills_its_worker_is_one_sentence(photos, tmp_path, monkeypatch):
+    decode = prepare._decode
+
+    def deadly(path):
+        if path.name == "0002.bmp":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(path)
+
+    monkeypatch.setattr(prepare, "_decode", deadly)
+    for benchmark in ((), ("--benchmark",)):
+        with pytest.raises(UserError, match="a worker process was killed.*--workers 1 continues"):
+            run(photos, tmp_path / "D", *SMALL, *benchmark, "--workers", 1)
 
 
 def test_own_output_and_links_that_lead_back_are_not_read(photos):

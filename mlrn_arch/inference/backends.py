@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -127,14 +127,25 @@ def load(
         if name == "torch" or (name != "openvino" and lower):
             continue
         try:
-            run = _openvino(network, precision) if name == "openvino" else _onnxruntime(network)
+            if name == "openvino":
+                run = _openvino(network, precision)
+            else:
+                run = run_onnx(to_onnx(network).SerializeToString())
+                check("ONNX Runtime", run, network)
         except Exception as error:  # an exporter may fail in any way
             reason = f"{name} cannot run {type(network).__name__}: {first_line(error)}"
             if not fallback:
                 raise UserError(f"{reason}; take the back end torch") from None
             print(f"note: {reason}", file=sys.stderr)
-        else:
-            return _leave_small_images_to(network, run)
+            continue
+
+        def guarded(x: Tensor, run: Callable[[Tensor], Tensor] = run) -> Tensor:
+            with torch.inference_mode():
+                image = x.to("cpu", torch.float32).contiguous()
+                y = (network if min(x.shape[-2:]) < MIN_SIZE else run)(image)
+            return y.to(x.device)
+
+        return guarded
     return _torch(network, device, precision)
 
 
@@ -168,34 +179,30 @@ def _torch(network: nn.Module, device: torch.device, precision: str) -> Callable
 def _openvino(network: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
     openvino = import_openvino()
     with _quiet(), torch.no_grad(), _UNREPORTED:
-        # Traced, not exported: a third of the time. `_check` finds a size that the trace fixed.
+        # Traced, not exported: a third of the time. `check` finds a size that the trace fixed.
         model = openvino.convert_model(
             network,
             example_input=torch.zeros(1, channels(network), MIN_SIZE, 2 * MIN_SIZE),
             input=[-1, channels(network), -1, -1],
         )
 
-    def compiled(hint: str) -> Callable[[Tensor], Tensor]:
-        config = {"INFERENCE_PRECISION_HINT": hint} if hint else {}  # else it chooses
-        run = openvino.compile_model(model, "CPU", config)
-        return lambda x: torch.from_numpy(run(x.numpy())[0])
-
-    check("OpenVINO", compiled("f32"), network)
-    return compiled({"auto": "", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision])
+    check("OpenVINO", run_openvino(model, "f32"), network)
+    return run_openvino(model, {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}.get(precision))
 
 
-def _onnxruntime(network: nn.Module) -> Callable[[Tensor], Tensor]:
+def run_openvino(model: Any, hint: str | None) -> Callable[[Tensor], Tensor]:
+    """A model of OpenVINO's, or its file, as a function; without a hint it chooses precision."""
+    config = {"INFERENCE_PRECISION_HINT": hint} if hint else {}
+    run = import_openvino().compile_model(model, "CPU", config)
+    return lambda x: torch.from_numpy(run(x.numpy())[0])
+
+
+def run_onnx(model: bytes | str) -> Callable[[Tensor], Tensor]:
+    """A model of ONNX, or its file, as a function, by ONNX Runtime."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(
-        to_onnx(network).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-
-    def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
-
-    check("ONNX Runtime", run, network)
-    return run
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["output"], {"input": x.numpy()})[0])
 
 
 def check(
@@ -216,7 +223,7 @@ def check(
         UserError: They differ, or it does not run.
     """
     generator = torch.Generator().manual_seed(0)
-    exact, worst = not isinstance(network, Uint8), -1.0
+    exact, differences = not isinstance(network, Uint8), []
     for batch, height, width in shapes:
         x = torch.rand(batch, channels(network), height, width, generator=generator)
         if not exact:
@@ -227,34 +234,18 @@ def check(
         except Exception:  # some networks refuse some sizes
             continue
         try:
-            z = run(x)
-        except Exception as error:  # every runtime refuses a graph in its own way
+            differences.append((run(x).float() - y.float()).abs().max().item())
+        except Exception as error:  # each runtime refuses a graph or a size in its own way
             raise UserError(f"{where} does not run the network: {first_line(error)}") from None
-        difference = float("inf")
-        if z.shape == y.shape:
-            difference = (z.float() - y.float()).abs().max().item()
-        if difference > (TOLERANCE * max(1, y.abs().max()) if exact else 1):
+        if differences[-1] > (TOLERANCE * max(1, y.abs().max()) if exact else 1):
             raise UserError(
                 f"in {where} the network gives something else than in PyTorch: a difference of "
-                f"{difference:.2g} for {batch} image(s) of {width}x{height}"
+                f"{differences[-1]:.2g} for {batch} image(s) of {width}x{height}"
             )
-        worst = max(worst, difference)
-    if worst < 0:
+    if not differences:
         raise UserError(f"PyTorch itself runs this network at none of the sizes {shapes}")
     unit = "of an output in [0, 1]" if exact else "of 255"
-    return f"{where} and PyTorch differ by at most {worst:.2g} {unit}"
-
-
-def _leave_small_images_to(
-    network: nn.Module, run: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    def guarded(x: Tensor) -> Tensor:
-        with torch.inference_mode():
-            image = x.to("cpu", torch.float32).contiguous()
-            y = (network if min(x.shape[-2:]) < MIN_SIZE else run)(image)
-        return y.to(x.device)
-
-    return guarded
+    return f"{where} and PyTorch differ by at most {max(differences):.2g} {unit}"
 
 
 class Uint8(nn.Module):

@@ -16,7 +16,6 @@ clamping and rounding are inside.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
 import io
 import json
@@ -24,7 +23,6 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,22 +105,15 @@ def run(args: argparse.Namespace) -> None:
         network_g = {**network_g, "img_range": args.img_range}
         trained, (network, _) = network, networks.build(network_g)
         inherit(network.eval().requires_grad_(False), trained.state_dict(), trained.img_range)
-    with _beside(args.output) as folder:
-        file = folder / args.output.name
-        if args.ntire is not None:
-            _ntire(network, network_g, args.ntire, file)
-        elif form in (".onnx", ".xml"):
-            network = backends.Uint8(network) if args.uint8 else network
-            model = backends.to_onnx(network, args.opset or backends.OPSET)
-            print((_onnx if form == ".onnx" else _openvino)(model, network, network_g, file))
-        elif form == ".safetensors":
-            from safetensors.torch import save
-
-            header = {"format": "pt", "network_g": json.dumps(network_g)}
-            state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-            file.write_bytes(save(state, header))
-        else:
-            torch.save({"params": checkpoints.note(network.state_dict(), network_g)}, file)
+    try:  # beside the output, to become it only when all of it is there
+        with tempfile.TemporaryDirectory(
+            dir=args.output.absolute().parent, prefix=".export_"
+        ) as folder:
+            _write(args, network, network_g, Path(folder, args.output.name))
+            for made in sorted(Path(folder).iterdir()):
+                os.replace(made, args.output.with_name(made.name))
+    except OSError as error:
+        raise UserError(f"cannot write {args.output}: {error.strerror or error}") from None
     for output in outputs:
         if output.is_file():
             print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
@@ -130,33 +121,33 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {args.output}; {args.output / 'select_model.txt'} goes into test_demo.py")
 
 
-@contextlib.contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A folder beside the output, for what becomes the output only when all of it is there."""
-    try:
-        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".export_") as folder:
-            yield Path(folder)
-            for made in sorted(Path(folder).iterdir()):
-                os.replace(made, output.with_name(made.name))
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from None
+def _write(
+    args: argparse.Namespace, network: nn.Module, network_g: dict[str, Any], file: Path
+) -> None:
+    if args.ntire is not None:
+        _ntire(network, network_g, args.ntire, file)
+    elif file.suffix in (".onnx", ".xml"):
+        network = backends.Uint8(network) if args.uint8 else network
+        model = backends.to_onnx(network, args.opset or backends.OPSET)
+        print((_onnx if file.suffix == ".onnx" else _openvino)(model, network, network_g, file))
+    elif file.suffix == ".safetensors":
+        from safetensors.torch import save
+
+        header = {"format": "pt", "network_g": json.dumps(network_g)}
+        state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+        file.write_bytes(save(state, header))
+    else:
+        torch.save({"params": checkpoints.note(network.state_dict(), network_g)}, file)
 
 
 def _onnx(model: Any, network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
     import onnx
-    import onnxruntime
 
     model.producer_name, model.producer_version = "mlrn_arch", __version__
     onnx.helper.set_model_props(model, {"network_g": json.dumps(network_g)})
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return backends.check(
-        "ONNX Runtime",
-        lambda x: torch.from_numpy(session.run(["output"], {"input": x.numpy()})[0]),
-        network,
-        SHAPES,
-    )
+    return backends.check("ONNX Runtime", backends.run_onnx(str(file)), network, SHAPES)
 
 
 def _openvino(model: Any, network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
@@ -165,10 +156,7 @@ def _openvino(model: Any, network: nn.Module, network_g: dict[str, Any], file: P
     converted = openvino.Core().read_model(io.BytesIO(model.SerializeToString()))
     converted.set_rt_info(json.dumps(network_g), ["network_g"])
     openvino.save_model(converted, file, compress_to_fp16=False)
-    run = openvino.compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return backends.check(
-        "OpenVINO", lambda x: torch.from_numpy(run(x.numpy())["output"]), network, SHAPES
-    )
+    return backends.check("OpenVINO", backends.run_openvino(str(file), "f32"), network, SHAPES)
 
 
 def _ntire(network: nn.Module, network_g: dict[str, Any], team: int, folder: Path) -> None:

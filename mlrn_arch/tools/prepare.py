@@ -77,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --teacher: LR images are the photographs shrunk by each of these (default: the "
         "scale); smaller factors give more of them")
     add("--benchmark", action="store_true", help="write GTmod*/LRbicx* folders of PNGs, no LMDBs")
-    add("--workers", type=int, help="images worked on at a time (default: one a CPU core)")
+    add("--workers", type=int, default=machine.cores(),
+        help="images worked on at a time (default: %(default)s, one a CPU core)")
     add("--overwrite", action="store_true", help="make anew what is already there")
     # fmt: on
     parser.epilog = """examples:
@@ -98,8 +99,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: if nothing can be done, or what is already there forbids it.
     """
-    if args.workers is None:
-        args.workers = machine.cores()
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
     for option, value in (("--crop-size", args.crop_size), ("--step", args.step)):
@@ -127,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("mlrn prepare: interrupted; the same command continues", file=sys.stderr)
         return 130
+    except RuntimeError as error:  # of the handler of a signal, which may come at any time
+        raise _killed(error, "") from None
     except (OSError, lmdb.Error) as error:
         raise UserError(
             f"cannot write to {args.output}: {error}; if its disk is full, free some space: the "
@@ -191,7 +192,7 @@ def _stream(
         collate_fn=functools.partial(_attempt, work),
         worker_init_fn=_end_with_parent,
     )
-    path = "the first image"
+    path = "the start"
     try:
         bar = tqdm(results, unit=" images", disable=None, dynamic_ncols=True)
         for (key, path), result in zip(images.items(), bar, strict=True):
@@ -204,12 +205,16 @@ def _stream(
             tally.update(result[0])
             yield key, result[1]
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a worker process was killed soon after {path}, for want of memory perhaps; the same "
-            f"command with --workers {max(1, workers // 2)} continues"
-        ) from None
+        raise _killed(error, f" soon after {path}") from None
+
+
+def _killed(error: RuntimeError, where: str) -> Exception:
+    if "DataLoader worker" not in str(error):
+        return error
+    return UserError(
+        f"a worker process was killed{where}, for want of memory perhaps; the same command with "
+        "--workers 1 continues, and stops at the image if it is one"
+    )
 
 
 def _end_with_parent(_: int) -> None:
@@ -355,10 +360,10 @@ def _training(args: argparse.Namespace, images: dict[str, Path]) -> int:
     other = [key for key in hr_counts or () if counts.get(key) != hr_counts[key]]
     if other or not counts:
         shutil.rmtree(unfinished)
-        if counts:
+        text = f"no image in {args.input} can be used"
+        if other:
             text = f"{args.input} no longer gives the sub-images of {other[0]} that {lmdbs[1]} has"
-            raise UserError(f"{text}; {_ANEW}")
-        raise UserError(f"no image in {args.input} can be used")
+        raise UserError(f"{text}; {_ANEW}" if other else text)
     level = 1 if args.format == "png" else 0
     for s, folder in folders.items():
         side = args.crop_size // s
