@@ -175,7 +175,7 @@ def test_an_export_that_computes_something_else_is_refused(export, trained, tmp_
     ("arguments", "message"),
     [
         (["x5", "out.pth"], "no network is named 'x5'; there are MLRN_x2"),
-        (["nowhere.yml", "out.pth"], "cannot read the option file nowhere.yml"),
+        (["nowhere.yml", "out.pth"], "there is no option file nowhere.yml here"),
         (["net.yml", "out.pt"], "out.pt has none of the endings .onnx, .xml"),
         (["net.yml", "net.pth"], "net.pth exists; give --overwrite"),
         (["net.yml", "sub", "--ntire", "7", "--overwrite"], "sub is a folder that exists already"),
