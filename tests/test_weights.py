@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import REPOSITORY, SHARED, mlrn, write_yaml
+from conftest import REPOSITORY, SHARED, write_yaml
 
 from mlrn_arch import create_model, networks
 
@@ -42,33 +42,34 @@ def test_unknown_name_tells_the_known_ones():
         create_model("MLRN_x5")
 
 
-def test_unknown_name_in_option_file(tmp_path, test_options):
+def test_unknown_name_in_option_file(tmp_path, test_options, mlrn_here):
     test_options["path"]["pretrain_network_g"] = "mlrn://x5"
-    done = mlrn("test", "-opt", write_yaml(tmp_path / "t.yml", test_options), cwd=tmp_path)
-    assert done.returncode == 2
-    assert "path:pretrain_network_g: no network is named 'x5'" in done.stdout
+    code, _, err = mlrn_here("test", "-opt", write_yaml(tmp_path / "t.yml", test_options))
+    assert code == 2
+    assert "path:pretrain_network_g: no shipped checkpoint is named mlrn://x5; there are" in err
 
 
-def test_list_tells_every_network():
-    listed = json.loads(mlrn("weights", "--json", cwd=REPOSITORY).stdout)
+def test_list_tells_every_network(mlrn_here):
+    listed = json.loads(mlrn_here("weights", "--json")[1])
     assert [entry["name"] for entry in listed] == networks.names()
-    plain = mlrn("weights", cwd=REPOSITORY).stdout
+    plain = mlrn_here("weights")[1]
     assert all(name.replace("MLRN_", "mlrn://", 1) in plain for name in networks.names())
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs Set5 and Set14 in ../shared")
 @pytest.mark.parametrize("name", networks.names())
-def test_scores_are_those_of_mlrn_test(name, tmp_path):
+def test_scores_are_those_of_mlrn_test(name, tmp_path, mlrn_here, monkeypatch, log):
+    monkeypatch.chdir(tmp_path)
     known = networks.info(name)
     scale = known["network_g"]["upscale"]
     (tmp_path / "datasets").symlink_to(SHARED / "data/benchmark")
     file = REPOSITORY / f"options/test_MLRN_x{scale}.yml"
     forced = [f"path:pretrain_network_g={networks.PREFIX}{name}", "val:save_img=false"]
     forced += [f"network_g={json.dumps(known['network_g'])}", "datasets:test_2=none"]
-    done = mlrn("test", "-opt", str(file), "--force_yml", *forced, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
+    code, _, err = mlrn_here("test", "-opt", file, "--force_yml", *forced)
+    assert code == 0, err
     for metric, digits in (("PSNR", 2), ("SSIM", 4)):
-        printed = re.search(rf"# {metric.lower()}: ([\d.]+)", done.stdout)[1]
+        printed = re.search(rf"# {metric.lower()}: ([\d.]+)", log.text)[1]
         assert float(printed) == pytest.approx(
             known["scores"]["Set5"][metric], abs=0.6 / 10**digits
         )
