@@ -168,6 +168,13 @@ def test_an_export_that_computes_something_else_is_refused(export, trained, tmp_
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("factor", [1 + 1e-3, float("nan")])
+def test_another_output_is_refused_and_nan_too(factor):
+    network = make()
+    with pytest.raises(UserError, match="in Elsewhere the network gives something else"):
+        backends.check("Elsewhere", lambda x: network(x) * factor, network)
+
+
 # --- mistakes -----------------------------------------------------------------------------------
 
 

@@ -346,6 +346,7 @@ def many(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_killed_runs_continue_to_the_same_records(many, tmp_path):
     whole = tmp_path / "whole" / "D"
     settings = ("--crop-size", "120", "--step", "36", "--workers", "1")
@@ -497,6 +498,7 @@ def test_benchmark_folders(photos, tmp_path, capsys):
     assert {k: v[0] for k, v in snapshot(out).items()} == {k: v[0] for k, v in after.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
     source = tmp_path / "in"

@@ -237,7 +237,8 @@ def check(
             differences.append((run(x).float() - y.float()).abs().max().item())
         except Exception as error:  # each runtime refuses a graph or a size in its own way
             raise UserError(f"{where} does not run the network: {first_line(error)}") from None
-        if differences[-1] > (TOLERANCE * max(1, y.abs().max()) if exact else 1):
+        # Not `>`, which is false of NaN.
+        if not differences[-1] <= (TOLERANCE * max(1, y.abs().max()) if exact else 1):
             raise UserError(
                 f"in {where} the network gives something else than in PyTorch: a difference of "
                 f"{differences[-1]:.2g} for {batch} image(s) of {width}x{height}"
