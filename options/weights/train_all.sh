@@ -7,6 +7,7 @@ set -euo pipefail
 end=$((SECONDS + 60 * ${1:?how many MINUTES to train at most}))
 shift
 for stage in x4_blocks x4_chain x2_blocks x2_chain NTIRE_x4_blocks NTIRE_x4_chain x3_chain; do
+    [ -e "experiments/MLRN_$stage/models/net_g_latest.pth" ] && continue  # what BasicSR writes at the end
     echo "== $stage"
     left=$(((end - SECONDS + 59) / 60))
     ((left > 0)) || exit 75
