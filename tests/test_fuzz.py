@@ -52,9 +52,7 @@ def places(section: dict, where: tuple = ()) -> Iterator[tuple]:
             yield from places(value, (*where, key))
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_any_value_at_any_key(folder, data):
+def try_one(folder: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(FILES))
     opt = deepcopy(yaml.safe_load(file.read_text()))
     for dataset in opt["datasets"].values():
@@ -81,3 +79,19 @@ def test_any_value_at_any_key(folder, data):
     finally:
         os.chdir(cwd)
     assert sorted(os.listdir(folder)) == before
+
+
+FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=250, **FUZZ)
+@given(st.data())
+def test_any_value_at_any_key(folder, data):
+    try_one(folder, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, **FUZZ)
+@given(st.data())
+def test_any_value_at_any_key_for_longer(folder, data):
+    try_one(folder, data)
