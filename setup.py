@@ -45,6 +45,7 @@ setup(
     extras_require={
         **EXTRAS,
         "all": sorted({package for packages in EXTRAS.values() for package in packages}),
+        "wandb": ["wandb"],  # not in "all": it is of use to those with an account there
         "test": ["hypothesis", "pytest", "ruff", "mlrn_arch[all]"],
     },
     entry_points={"console_scripts": ["mlrn = mlrn_cli:main"]},

@@ -267,6 +267,12 @@ def option_file(path: str) -> Path:
     return known[name]
 
 
+def usual_file(name: str) -> str:
+    """The option file of that name in options/ of the current directory, or the package's."""
+    file = f"options/{name}.yml"
+    return file if Path(file).is_file() else PREFIX + name
+
+
 def load_yaml(path: str) -> Options:
     """Read an option file, and import what its key `import` names; nothing else in it is run.
 

@@ -28,8 +28,8 @@ from mlrn_arch.machine import DTYPES
 from mlrn_arch.models.fast_sr_model import FastSRModel
 from mlrn_arch.networks import Options, is_number, load_yaml
 
-BY_NAME = """A network without an option file is tested by options/test_MLRN_x4.yml (x2, x3) of the
-current directory with another network_g; one with a window_size as BasicSR's SwinIRModel, which
+BY_NAME = """A network without an option file is tested by options/test_MLRN_x4.yml (x2, x3), or
+mlrn://test_MLRN_x4 where that is not, with another network_g; one with a window_size as BasicSR's SwinIRModel, which
 pads images to it. As in BasicSR, path:param_key_g is params here if the file does not say it."""
 
 FORCE_YML: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY:KEY=VALUE"}
@@ -159,9 +159,7 @@ def _test_of(text: str) -> tuple[str, list[str]]:
         raise UserError(f"names no checkpoint; write {text}:CHECKPOINT")
     if found.file:
         return found.file, forced
-    file = f"options/test_MLRN_x{found.scale}.yml"
-    if not os.path.isfile(file):
-        raise UserError(f"is tested by {file}, which is not in this directory")
+    file = networks.usual_file(f"test_MLRN_x{found.scale}")
     name = os.path.splitext(os.path.basename(found.name.removeprefix(networks.PREFIX)))[0]
     name = f"{name.partition(':')[0].removesuffix(f'x{found.scale}').rstrip('_') or 'MLRN'}"
     own = [f"name=test_{name}_x{found.scale}", "path:pretrain_network_g=none"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,36 +21,33 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         dest="imports",
         action="append",
         default=[],
-        metavar="FILE.py|MODULE",
-        help="import this first: it registers networks, models or losses with BasicSR",
+        metavar="PATH_OR_MODULE",
+        help="import this file, package or module first, for the networks it registers",
     )
     return parser
 
 
 def register(sources: str | Sequence[str]) -> None:
-    """Import files (`*.py`) and modules that register something with BasicSR, each once.
+    """Import modules, files (`*.py`) and folders (packages) that register something with BasicSR.
 
     Raises:
-        UserError: There is none of that name, or importing it fails.
+        UserError: There is none of that name, importing it fails, or its name is taken.
     """
     for source in [sources] if isinstance(sources, str) else sources:
         if not isinstance(source, str):
             raise UserError(f"import: {source!r} is neither a file nor a module")
-        name = source
+        name, path = source, Path(source).expanduser().resolve()
+        if path.exists():  # as Python does for a script, so that it finds what lies beside it
+            name = path.stem
+            if str(path.parent) not in sys.path:
+                sys.path.insert(0, str(path.parent))
+        elif path.suffix == ".py":
+            raise UserError(f"import {source}: no such file")
         try:
-            if source.endswith(".py"):
-                path = Path(source).expanduser().resolve()
-                name = f"mlrn_import_{path.stem}"
-                if getattr(sys.modules.get(name), "__file__", None) == str(path):
-                    continue
-                spec = importlib.util.spec_from_file_location(name, path)
-                sys.modules[name] = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(sys.modules[name])
-            else:
-                importlib.import_module(source)
+            file = Path(importlib.import_module(name).__file__ or "")
         except Exception as error:  # it may fail in any way
-            if name != source:
-                sys.modules.pop(name, None)
             raise UserError(
                 f"import {source}: {type(error).__name__}: {first_line(error)}"
             ) from None
+        if path.exists() and path not in (file, file.parent):
+            raise UserError(f"import {source}: {file} has the same name; rename one of them")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from basicsr.utils.registry import ARCH_REGISTRY
 from conftest import REPOSITORY, write_yaml
+from PIL import Image
 
 import mlrn_arch
 import mlrn_cli
@@ -90,11 +93,14 @@ def test_a_network_from_a_file_takes_part_everywhere(tmp_path, mlrn_here, monkey
     write_yaml(tmp_path / "b.yml", {"import": "pluginb", "network_g": {"type": "PluginB"}})
     network, _ = networks.build(networks.find("b.yml").network_g)
     assert network(torch.rand(1, 3, 4, 4)).shape == (1, 3, 8, 8)
-    with pytest.raises(UserError, match="import gone.py: FileNotFoundError"):
+    with pytest.raises(UserError, match="import gone.py: no such file"):
         plugins.register(["gone.py"])
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(UserError, match="import broken.py: ZeroDivisionError"):
         plugins.register("broken.py")
+    (tmp_path / "broken.py").rename(tmp_path / "torch.py")
+    with pytest.raises(UserError, match="import torch.py: .* has the same name"):
+        plugins.register("torch.py")
 
 
 def test_anothers_class_goes_before_ours(tmp_path, monkeypatch, capsys):
@@ -104,7 +110,7 @@ def test_anothers_class_goes_before_ours(tmp_path, monkeypatch, capsys):
     (tmp_path / "own.py").write_text(OWN.format(name="SRCNN"))
     plugins.register([str(tmp_path / "own.py")])
     theirs = ARCH_REGISTRY.get("SRCNN")
-    assert theirs is not ours and "SRCNN is mlrn_import_own's" in capsys.readouterr().err
+    assert theirs is not ours and "SRCNN is own's" in capsys.readouterr().err
     ARCH_REGISTRY.register(ours)
     assert ARCH_REGISTRY.get("SRCNN") is theirs
     with pytest.raises(AssertionError, match="already registered"):
@@ -132,31 +138,97 @@ import mlrn_arch
 @pytest.mark.slow
 def test_basicsrs_own_pipelines_take_our_files(tmp_path, paired_data):
     """Unmodified, as their own train.py and test.py run them once `mlrn_arch` is imported."""
-    data = [f"datasets:{key}={paired_data}" for key in ("train:dataroot_gt", "train:dataroot_lq")]
-    data = [f"{entry}/{entry.split('_')[1][:2]}.lmdb" for entry in data]
-    data += [f"datasets:val:dataroot_{key}={paired_data}/{key}" for key in ("gt", "lq")]
-    short = ["train:gt_size=32", "train:batch_size_per_gpu=2"]
-    short = [*(f"datasets:{entry}" for entry in short), "train:total_iter=2", "val:val_freq=2"]
+    torch.save(ARCH_REGISTRY.get("RLFN")(upscale=2).state_dict(), tmp_path / "rlfn_x2.pth")
+    data = [f"datasets:train:dataroot_{key}={paired_data}/{key}.lmdb" for key in ("gt", "lq")]
+    short = ["gt_size=32", "batch_size_per_gpu=2", "num_worker_per_gpu=1"]
+    short = [*data, *(f"datasets:train:{entry}" for entry in short), "train:total_iter=2"]
     sets = {"name": "S", "type": "PairedImageDataset", "io_backend": {"type": "disk"}}
     sets |= {f"dataroot_{key}": f"{paired_data}/{key}" for key in ("gt", "lq")}
-    shipped = yaml.safe_load((REPOSITORY / "options/test_MLRN_x2.yml").read_text())
-    test_file = write_yaml(tmp_path / "test.yml", {**shipped, "datasets": {"test_1": sets}})
-    for phase, arguments in (
-        (
-            "train",
-            ["-opt", f"{REPOSITORY}/options/train_MLRN_x2.yml", "--force_yml", *data, *short],
-        ),
-        ("test", ["-opt", test_file]),
-    ):
-        script = f"import mlrn_arch, basicsr.{phase} as b; b.{phase}_pipeline({str(tmp_path)!r})"
-        done = subprocess.run(
-            [sys.executable, "-c", script, "-opt", *arguments],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == 0 and "# psnr: " in done.stdout, done.stdout
+    val = [f"datasets:val:dataroot_{key}={paired_data}/{key}" for key in ("gt", "lq")]
+    runs = []
+    for name, more in (("train_MLRN_x2", val), ("weights/train_MLRN_x2_blocks", [])):
+        file = f"{REPOSITORY}/options/{name}.yml"
+        runs.append(("train", ["-opt", file, "--force_yml", *short, *more]))
+    for name in ("test_MLRN_x2", "baselines/test_Bicubic_x2"):
+        shipped = yaml.safe_load((REPOSITORY / f"options/{name}.yml").read_text())
+        file = tmp_path / f"{shipped['name']}.yml"
+        runs.append(("test", ["-opt", write_yaml(file, {**shipped, "datasets": {"test_1": sets}})]))
+    script = """
+import json, os, sys
+import mlrn_arch
+from basicsr import test, train
+
+for phase, sys.argv[1:] in json.loads(sys.argv[1]):
+    getattr(globals()[phase], f"{phase}_pipeline")(os.getcwd())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(runs)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("End of training") == 2 and done.stdout.count("# psnr: ") == 3
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme(tmp_path):
+    """All `mlrn ...` lines of its blocks but the demo's, in turn, on tiny data."""
+    (tmp_path / "options").symlink_to(REPOSITORY / "options")
+    sizes = {"HR/a.png": (480, 480), "small/b.png": (48, 48), "ppt3/ppt3.png": (160, 480)}
+    for name, size in {**sizes, "photos/c.jpg": (40, 30), "scan.png": (30, 40)}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        noise = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(size, Image.BICUBIC).save(tmp_path / name)
+    for name, file in (("RLFN", "rlfn_x4"), ("MLRN", "net"), ("MLRN", "net_g_latest")):
+        torch.save(ARCH_REGISTRY.get(name)(upscale=4).state_dict(), tmp_path / f"{file}.pth")
+    (tmp_path / "my_arch.py").write_text(OWN.format(name="MyNet"))
+
+    text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
+    for ours, theirs in (("/path/to/DIV2K_train_HR", "HR"), ("/path/to/Set5", "small")):
+        text = text.replace(ours, theirs)
+    lines = [line for block in text.split("```")[1::2] for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("mlrn ")]
+    commands = [[word.replace("~/photos", "HR") for word in command] for command in commands]
+    assert {command[0] for command in commands} >= {"prepare", "train", "test", "compare", "export"}
+    for command in commands:
+        if command[0] == "train":
+            command += ["--force_yml"] * ("--force_yml" not in command)
+            command += ["train:total_iter=2", "val:val_freq=2", "datasets:train:gt_size=32"]
+            command += ["datasets:train:batch_size_per_gpu=2"]
+        command += ["--no-runtime"] * (command[0] == "profile")
+    script = """
+import contextlib, json, sys
+import mlrn_cli
+
+for command in json.loads(sys.argv[1]):
+    command, file = (command[:-2], command[-1]) if ">" in command else (command, None)
+    sys.argv[1:] = command
+    with contextlib.redirect_stdout(open(file, "w") if file else sys.stdout):
+        code = mlrn_cli.main()
+    if code:
+        sys.exit(f"{code}: {command}")
+"""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            script,
+            json.dumps([["prepare", "ppt3", "datasets/Set14", "--benchmark"], *commands]),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert len(list((tmp_path / "upscaled").iterdir())) == 1
+    assert yaml.safe_load((tmp_path / "my.yml").read_text())["name"] == "MLRN_x4"
+    made = ["comparison/table.md", "mlrn_x4.onnx", "MLRN_x4.pth", "scan_large.png"]
+    assert all((tmp_path / name).exists() for name in made)
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_networks_by_name(networks, test_options, capsys):
         f"{wide}:nowhere.pth": "no such file nowhere.pth",
         f"{wide}:EDSR.pth": "EDSR.pth is not a checkpoint of this EDSR",
         f"{wide}:list.pth": "list.pth holds no state dict",
-        "MLRN:MLRN.pth": "MLRN: is tested by options/test_MLRN_x4.yml, which is not in this",
+        "MLRN:upscale=8:MLRN.pth": "no option file of that name comes with the package",
     }
     right = [f"{edsr}:EDSR.pth", "Bicubic:upscale=2", f"{swinir}:SwinIR.pth", f"{wide}:wide.pth"]
     assert run(*right, *wrong) == 1

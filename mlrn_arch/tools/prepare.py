@@ -385,8 +385,8 @@ def _training(args: argparse.Namespace, images: dict[str, Path]) -> int:
     patch = 256 if s == 4 else 192  # of the option files
     force = [f"datasets:train:dataroot_gt={lmdbs[1]}", f"datasets:train:dataroot_lq={lmdbs[s]}"]
     force += [f"datasets:train:gt_size={args.crop_size}"] if args.crop_size < patch else []
-    print(f"to train on it:\n  mlrn train -opt options/train_MLRN_x{s}.yml --force_yml", end=" ")
-    print(shlex.join(force))
+    file = networks.usual_file(f"train_MLRN_x{s}")
+    print(f"to train on it:\n  mlrn train -opt {file} --force_yml {shlex.join(force)}")
     return code
 
 
