@@ -470,7 +470,7 @@ def test_what_is_there_is_kept_and_what_is_bad_is_named(run, tmp_path):
     planes = smooth(30, 30, 3, 65535).transpose(2, 0, 1)
     tifffile.imwrite(photos / "planes.tif", planes, photometric="rgb", planarconfig="separate")
     code, out, err = run(photos, "absent.png", "-o", "large", "--format", "jpg")
-    assert code == 1 and "1 upscaled, 5 not: large, x2 by " in out
+    assert code == 1 and "1 upscaled, 5 not: large, x2 by " in out and " on torch, " in out
     assert len(err.splitlines()) == 5 and "Traceback" not in err
     for name in ("torn.png", "text.jpg", "planes.tif", "glass.png", "absent.png"):
         assert sum(name in line for line in err.splitlines()) == 1

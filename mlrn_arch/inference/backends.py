@@ -99,7 +99,8 @@ def load(
 
     Returns:
         A function: (n, c, h, w) in [0, 1] on any device -> (n, c, h * s, w * s), float32 on the
-        same device, not clamped; of any size and batch, under inference mode.
+        same device, not clamped; of any size and batch, under inference mode. Its attribute
+        `backend` is the name of what runs it.
 
     Raises:
         UserError: No such back end, or it is not installed, or cannot run this network, on this
@@ -145,8 +146,11 @@ def load(
                 y = (network if min(x.shape[-2:]) < MIN_SIZE else run)(image)
             return y.to(x.device)
 
+        guarded.backend = name
         return guarded
-    return _torch(network, device, precision)
+    run = _torch(network, device, precision)
+    run.backend = "torch"
+    return run
 
 
 def _instead_of_fp16(reason: str, device: torch.device) -> str:

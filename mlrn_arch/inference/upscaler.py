@@ -44,6 +44,7 @@ class Upscaler:
     Attributes:
         network: The network in torch.
         scale: Output size over input size, an integer.
+        backend: The back end that it ran on last; None before.
 
     Raises:
         UserError: The model or a file is not what it should be.
@@ -79,15 +80,20 @@ class Upscaler:
         shape = (1, self.channels, tiles.SMALLEST, tiles.SMALLEST)
         self._bytes = 2 * count(self.network, shape, self.scale)["peak_bytes"] / tiles.SMALLEST**2
         self._load = lambda network: backends.load(network, backend, self._device, precision)
+        self.backend: str | None = None
 
     # Either takes seconds to prepare, and many a run needs one of them.
     @functools.cached_property
     def _run(self) -> Callable[[Tensor], Tensor]:
-        return self._load(self.network)
+        run = self._load(self.network)
+        self.backend = run.backend
+        return run
 
     @functools.cached_property
     def _run_tile(self) -> Callable[[Tensor], Tensor]:
-        return self._load(OnTile(self.network))
+        run = self._load(OnTile(self.network))
+        self.backend = run.backend
+        return run
 
     def __call__(self, image: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """Upscale an image, or a batch of images.

@@ -125,10 +125,11 @@ def run(args: argparse.Namespace) -> int:
             bar.update(end - bar.n)
     kept = f", {there} already there (--overwrite replaces them)" * (there > 0)
     failed = len(jobs) + len(missing) - done - there
+    by = args.weights or args.network or f"mlrn://x{upscaler.scale}"
+    by += f" on {upscaler.backend}" if upscaler.backend else ""
     print(
         f"{done} upscaled{kept}{f', {failed} not' * (failed > 0)}: {args.output}, "
-        f"x{upscaler.scale} by {args.weights or args.network or f'mlrn://x{upscaler.scale}'}, "
-        f"{time.monotonic() - since:.1f} s"
+        f"x{upscaler.scale} by {by}, {time.monotonic() - since:.1f} s"
     )
     return 2 if not done + there else 1 if failed else 0
 
