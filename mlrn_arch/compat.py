@@ -46,11 +46,22 @@ except ModuleNotFoundError as _error:
 from basicsr.data import prefetch_dataloader  # noqa: E402
 from basicsr.data.prefetch_dataloader import CPUPrefetcher  # noqa: E402
 from basicsr.models.base_model import BaseModel  # noqa: E402
-from basicsr.utils import MessageLogger, check_resume, get_root_logger, get_time_str  # noqa: E402
+from basicsr.utils import (  # noqa: E402
+    MessageLogger,
+    check_resume,
+    color_util,
+    get_root_logger,
+    get_time_str,
+    matlab_functions,
+)
 from basicsr.utils.registry import Registry  # noqa: E402
 
 from mlrn_arch import checkpoints  # noqa: E402
 from mlrn_arch.errors import UserError  # noqa: E402
+
+# HAT and other plugins of BasicSR 1.3 take these from where they were until 1.4.
+for _name in ("bgr2ycbcr", "rgb2ycbcr", "ycbcr2bgr", "ycbcr2rgb"):
+    setattr(matlab_functions, _name, getattr(color_util, _name))
 
 _model_to_device = BaseModel.model_to_device
 _do_register = Registry._do_register
@@ -101,7 +112,8 @@ Registry._do_register = _register
 BaseModel.load_network = _load_network
 BaseModel.model_to_device = _model_to_device_cpu
 if not torch.cuda.is_available():  # in BasicSR's own pipeline, which does not adapt options
-    prefetch_dataloader.CUDAPrefetcher = lambda loader, opt: CPUPrefetcher(loader)
+    for _module in (prefetch_dataloader, importlib.import_module("basicsr.train")):
+        _module.CUDAPrefetcher = lambda loader, opt: CPUPrefetcher(loader)
 
 
 def load_state(path: str) -> dict[str, Any]:

@@ -117,8 +117,11 @@ def test_anothers_class_goes_before_ours(tmp_path, monkeypatch, capsys):
         ARCH_REGISTRY.register(type("SRCNN", (), {"__module__": "third"}))
 
 
-def test_the_repair_of_torchvision_has_a_spec():
+def test_what_other_plugins_look_for_is_there():
     assert importlib.util.find_spec("torchvision.transforms.functional_tensor")
+    from basicsr.utils.matlab_functions import rgb2ycbcr  # HAT's import, of BasicSR 1.3
+
+    assert rgb2ycbcr(np.float32([[[1, 1, 1]]]), y_only=True).item() == pytest.approx(235 / 255)
 
 
 @pytest.mark.slow
