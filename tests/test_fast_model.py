@@ -78,6 +78,7 @@ def train(model, data: list[dict]) -> list[float]:
     return found
 
 
+@pytest.mark.gpu
 def test_fp32_gives_stock_losses_step_by_step(build, train_options):
     stock = build(train_options)
     fast = build(make_fast(train_options))
@@ -169,6 +170,7 @@ def test_muon_goes_by_the_order_in_which_layers_run(network, channels, inner, ot
     assert inner <= names and not others & names
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
 def test_reduced_precision_stays_near_fp32(build, fast_options, precision, optimizer):
@@ -248,6 +250,7 @@ def test_parts_of_a_network_may_be_of_no_use_at_a_scale(build, fast_options):
     assert any(param.grad is None for param in model.params)
 
 
+@pytest.mark.gpu
 def test_one_bad_gradient_stops_muon_and_adam_alike(build, fast_options):
     """While fp16 is scaled, clipping turns one infinite gradient into NaN everywhere."""
     fast_options["train"].update(precision="fp16", grad_clip=1.0)
@@ -274,6 +277,7 @@ def go_on(build, fast_options: dict, model, step: int):
     return later
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("saved_by", "optimizer"),
     [("SRModel", "Adam"), ("FastSRModel", "Adam"), ("FastSRModel", "Muon")],
