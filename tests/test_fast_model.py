@@ -486,6 +486,7 @@ def test_processes_validate_to_the_digits_of_one(tmp_path, test_options, paired_
 
 
 @ON_CPU
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
 def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options, optimizer):
     fast_options["train"]["optim_g"]["type"] = optimizer
@@ -524,7 +525,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, fast_options)
     one = mlrn("train", "-opt", path, *force, cwd=tmp_path)
     assert one.returncode == 0, one.stdout
     process = start_training(path, tmp_path, processes=2)
-    two, _ = process.communicate(timeout=120)
+    two, _ = process.communicate(timeout=300)
     assert process.returncode == 0, two
     expected = {step: float(loss) for step, loss in losses(one.stdout).items()}
     found = {step: float(loss) for step, loss in losses(two).items()}
@@ -638,6 +639,7 @@ def test_a_dead_process_ends_the_run_with_a_message(tmp_path, fast_options):
 
 
 @ON_CPU
+@pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(tmp_path):
     from kill_and_resume import kill_and_resume
 

@@ -83,7 +83,7 @@ def test_two_processes_on_a_cpu(tmp_path: Path, train_options):
     train_options["val"]["val_freq"] = 4
     path = write_yaml(tmp_path / "tiny.yml", train_options)
     process = start_training(path, tmp_path, processes=2)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "World size (gpu number): 2" in output
     assert sorted(losses(output)) == [1, 2, 3, 4]
