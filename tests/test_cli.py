@@ -187,7 +187,6 @@ def test_every_command_of_the_readme(tmp_path):
         Image.fromarray(noise).resize(size, Image.BICUBIC).save(tmp_path / name)
     for name, file in (("RLFN", "rlfn_x4"), ("MLRN", "net"), ("MLRN", "net_g_latest")):
         torch.save(ARCH_REGISTRY.get(name)(upscale=4).state_dict(), tmp_path / f"{file}.pth")
-    (tmp_path / "my_arch.py").write_text(OWN.format(name="MyNet"))
 
     text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
     for ours, theirs in (("/path/to/DIV2K_train_HR", "HR"), ("/path/to/Set5", "small")):
