@@ -135,15 +135,15 @@ def newest_states(folder: str) -> list[str]:
 
 
 def _bring_back(folder: str, rank: int) -> None:
-    """Put an archived experiment in the place of one that is gone or holds nothing yet."""
+    """Put an archived experiment in the place of one that was begun and holds nothing yet."""
     models, states = (os.path.join(folder, name) for name in ("models", "training_states"))
     archived = sorted(glob.glob(f"{glob.escape(folder)}_archived_*"), reverse=True)
     found = next((a for a in archived if newest_states(f"{a}/training_states")), None)
-    if found and not newest_states(states) and not glob.glob(f"{glob.escape(models)}/*.pth"):
+    begun = os.path.isdir(folder) and not newest_states(states)
+    if found and begun and not glob.glob(f"{glob.escape(models)}/*.pth"):
         if rank == 0:
             print(f"{folder} holds no training state; going on with {found}", flush=True)
-            if os.path.exists(folder):
-                os.rename(folder, f"{folder}_archived_{get_time_str()}")
+            os.rename(folder, f"{folder}_archived_{get_time_str()}")
             os.rename(found, folder)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
