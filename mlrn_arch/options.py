@@ -208,6 +208,8 @@ def _force(opt: Options, entries: Sequence[str]) -> list[str]:
 def _set_defaults_and_paths(opt: Options) -> list[str]:
     """Complete options as BasicSR does, so that short files stay valid; returns notes."""
     notes = []
+    for section in (*opt["datasets"].values(), opt.get("train"), opt.get("val"), opt["logger"]):
+        _drop_empty(section or {})
     if not opt["is_train"] and opt.get("val") is None:
         opt["val"] = {}
     opt["logger"].setdefault("use_tb_logger", False)
@@ -253,6 +255,15 @@ def _set_defaults_and_paths(opt: Options) -> list[str]:
             if opt.get("val") is not None:
                 opt["val"]["val_freq"] = 8
     return notes
+
+
+def _drop_empty(section: Options) -> None:
+    """Take out keys without a value: BasicSR takes their defaults only if they are not there."""
+    for key, value in list(section.items()):
+        if value is None:
+            del section[key]
+        elif isinstance(value, dict):
+            _drop_empty(value)
 
 
 def _adapt(opt: Options, launcher: str) -> list[str]:

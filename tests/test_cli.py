@@ -202,15 +202,12 @@ def test_every_command_of_the_readme(tmp_path):
             command += ["datasets:train:batch_size_per_gpu=2"]
         command += ["--no-runtime"] * (command[0] == "profile")
     script = """
-import contextlib, json, sys
+import json, sys
 import mlrn_cli
 
 for command in json.loads(sys.argv[1]):
-    command, file = (command[:-2], command[-1]) if ">" in command else (command, None)
     sys.argv[1:] = command
-    with contextlib.redirect_stdout(open(file, "w") if file else sys.stdout):
-        code = mlrn_cli.main()
-    if code:
+    if code := mlrn_cli.main():
         sys.exit(f"{code}: {command}")
 """
     done = subprocess.run(
@@ -228,7 +225,6 @@ for command in json.loads(sys.argv[1]):
     )
     assert done.returncode == 0, done.stdout
     assert len(list((tmp_path / "upscaled").iterdir())) == 1
-    assert yaml.safe_load((tmp_path / "my.yml").read_text())["name"] == "MLRN_x4"
     made = ["comparison/table.md", "mlrn_x4.onnx", "MLRN_x4.pth", "scan_large.png"]
     assert all((tmp_path / name).exists() for name in made)
 

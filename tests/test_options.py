@@ -145,6 +145,18 @@ def test_wandb_is_looked_for_before_anything_is_moved(tmp_path, train_options, m
     assert "pip install wandb" in str(error.value)
 
 
+def test_a_key_without_a_value_is_not_there(build, fast_options):
+    """BasicSR's own `get(key, default)` gives None then, which fails in the middle of a run."""
+    for where in ("train:ema_decay", "train:precision", "train:warmup_iter", "val:precision"):
+        change(fast_options, where, None)
+    for key in ("hardest_of", "dataset_enlarge_ratio", "filename_tmpl"):
+        fast_options["datasets"]["train"][key] = None
+    model = build(fast_options)
+    assert model.precision == model.val_precision == "fp32" and model.ema_decay == 0
+    assert not {"warmup_iter"} & set(model.opt["train"])
+    assert not {"hardest_of", "filename_tmpl"} & set(model.opt["datasets"]["train"])
+
+
 def test_periods_must_last(tmp_path, train_options):
     """BasicSR's schedule ends in a TypeError at the first step after its last period."""
     scheduler = {"type": "CosineAnnealingRestartLR", "periods": [30], "restart_weights": [1]}
