@@ -270,7 +270,7 @@ def test_no_such_back_end(arguments, message):
 
 
 def test_fp16_is_left_where_it_overflows(monkeypatch, capsys):
-    """On binary noise the NTIRE weights reach half of fp16's largest number, 65,504."""
+    """On binary noise the NTIRE weights come near the end of fp16's range, and so lose digits."""
     monkeypatch.setattr(backends, "computes_in_bf16", lambda *_: False)
     network = create_model("NTIRE_x4", pretrained=True)
     x = torch.randint(0, 2, (1, 3, 48, 48), generator=torch.Generator().manual_seed(0)).float()
@@ -278,7 +278,7 @@ def test_fp16_is_left_where_it_overflows(monkeypatch, capsys):
     with torch.inference_mode():
         exact = network(x)
         with torch.autocast("cpu", torch.float16):
-            assert (network(x) - exact).abs().max() > 0.1
+            assert (network(x) - exact).abs().max() > 0.01  # which would not pass below
     torch.testing.assert_close(run(x), exact, rtol=0, atol=0.01)
     told = "note: fp32 in place of fp16: the network computes in a range of 255\n"
     assert capsys.readouterr().err == told
