@@ -136,6 +136,28 @@ def test_what_the_headers_of_test_images_tell(tmp_path, test_options, paired_dat
         read(tmp_path, test_options, "test")
 
 
+def test_a_meta_file_in_the_home_folder_with_an_empty_line(
+    tmp_path, test_options, paired_data, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    test_options["datasets"]["test_1"]["meta_info_file"] = "~/meta.txt"
+    names = [f"image{i}.png (64,64,3)\n" for i in range(8)]
+    (tmp_path / "meta.txt").write_text("".join(names))
+    read(tmp_path, test_options, "test")
+    (tmp_path / "meta.txt").write_text("".join([*names, "\n"]))
+    with pytest.raises(UserError, match="meta.txt has an empty line; take it out"):
+        read(tmp_path, test_options, "test")
+
+
+def test_a_network_of_one_channel_takes_no_colour(tmp_path, train_options):
+    train_options["network_g"].update(num_in_ch=1, num_out_ch=1)
+    with pytest.raises(UserError) as error:
+        read(tmp_path, train_options)
+    for dataset in ("train", "val"):
+        message = f"datasets:{dataset}: gives 3 channel(s), network_g takes 1; set color: y"
+        assert message in str(error.value)
+
+
 def test_wandb_is_looked_for_before_anything_is_moved(tmp_path, train_options, monkeypatch):
     train_options["logger"].update(use_tb_logger=False, wandb={"project": "mlrn"})
     monkeypatch.setattr(checks, "missing", lambda *names: [n for n in names if n == "wandb"])
