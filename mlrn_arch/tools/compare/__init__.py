@@ -67,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
     problems: list[str] = []
     rows = [row for text in args.networks if (row := _read(text, args.force_yml, problems))]
     _set_labels(rows)
+    for note in dict.fromkeys(note for row in rows for note in row.notes):
+        if note.startswith("Skipping"):
+            print(f"mlrn compare: {note}", file=sys.stderr)
     made = rows and (_visual if args.visual else _table)(rows, args, problems)
     if not made:
         listed = "".join(f"\n  - {problem}" for problem in problems)
@@ -93,14 +96,11 @@ def _read(text: str, forced: list[str], problems: list[str]) -> Row | None:
             forced += [f"datasets:{key}=none" for key in sets]
     else:
         return None
-    for note in notes:
-        if note.startswith("Skipping"):
-            print(f"mlrn compare: {network}: {note}", file=sys.stderr)
     opt["val"]["pbar"] = False
     parameters = sum(p.numel() for p in build_network(opt["network_g"]).parameters())
     path = opt["path"].get("pretrain_network_g")
     weights = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
-    return Row(text, opt, parameters, weights)
+    return Row(text, opt, parameters, weights, notes)
 
 
 def _set_labels(rows: list[Row]) -> None:

@@ -38,6 +38,7 @@ class Row:
     opt: Options
     parameters: int
     weights: str | None  # SHA-256 of the checkpoint
+    notes: list[str]  # of its option file
     label: str = ""
     values: Values = field(default_factory=dict)
 
