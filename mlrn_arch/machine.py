@@ -38,7 +38,8 @@ def name_of(device: torch.device) -> str:
             cpu = next(line.split(":")[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
-    return f"{cpu} ({os.cpu_count()} cores), {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{cpu} ({os.cpu_count()} cores), {threads} thread{'s' * (threads > 1)}"
 
 
 def computes_in_bf16(device: str = "cpu") -> bool:

@@ -39,6 +39,8 @@ class {name}(nn.Sequential):
 def test_alone_it_tells_its_verbs(mlrn_here):
     code, out, _ = mlrn_here()
     assert code == 0 and all(f"  {verb} " in out for verb in mlrn_cli.VERBS)
+    page = (REPOSITORY / "mlrn_arch/tools/README.md").read_text()
+    assert f'complete -o default -W "{" ".join(mlrn_cli.VERBS)}" mlrn' in page
     assert mlrn_here("--version")[1].startswith("mlrn 0.")
     code, _, err = mlrn_here("upscael")
     assert code == 2 and err == "mlrn: no verb 'upscael'; did you mean upscale?\n"

@@ -277,6 +277,27 @@ def go_on(build, fast_options: dict, model, step: int):
     return later
 
 
+class _OnGpu(torch.Tensor):
+    """Looks like a batch that BasicSR's CUDAPrefetcher has copied on a stream of its own."""
+
+    is_cuda = True
+    recorded: list
+
+    def record_stream(self, stream):
+        self.recorded.append((tuple(self.shape), stream))
+
+
+def test_a_batch_of_another_stream_is_kept_until_it_is_read(build, fast_options, monkeypatch):
+    """As `torch.Tensor.record_stream` demands of memory that one stream fills and another reads."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the training's")
+    monkeypatch.setattr(_OnGpu, "recorded", [], raising=False)
+    model = build(fast_options)
+    (batch,) = batches(1)
+    model.feed_data({**batch, **{key: batch[key].as_subclass(_OnGpu) for key in ("lq", "gt")}})
+    shapes = (4, 3, 16, 16), (4, 3, 32, 32)
+    assert _OnGpu.recorded == [(shape, "the training's") for shape in shapes]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("saved_by", "optimizer"),
