@@ -268,14 +268,12 @@ def test_tiles_of_the_shipped_networks(name):
     tiled, whole = (Upscaler(name, **EXACT, tile=tile)(image).astype(int) for tile in (200, 1000))
     difference = np.abs(tiled - whole)
     print(f"{name}: mean {difference.mean():.4f}/255, max {difference.max()}/255")
-    assert difference.mean() < 0.01 and difference.max() <= 1
+    assert difference.mean() < 0.001 and difference.max() <= 1
 
 
-# Weights inherited from RLFN carry the image itself through the features, at 8 bits of mantissa in
-# bf16: weights trained from scratch differed in 5.5 %.
 @pytest.mark.parametrize(
     ("backend", "precision", "by_one", "by_more"),
-    [("torch", "fp16", 0.1, 1e-4), ("torch", "bf16", 0.35, 0.01)],
+    [("torch", "fp16", 0.1, 1e-4), ("torch", "bf16", 0.1, 1e-3)],
 )
 def test_less_exact_ways_of_the_shipped_network(backend, precision, by_one, by_more):
     """The figures of README: eight bits of a photograph, and what PyTorch makes of it in fp32."""

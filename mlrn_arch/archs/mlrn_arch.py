@@ -158,10 +158,10 @@ class MLRN(nn.Module):
             High-resolution images, nominally in [0, 1] (not clamped),
             (n, num_out_ch, h * upscale, w * upscale).
         """
-        f_0 = self.conv_first(x * self.img_range)  # eq. 6
+        f_0 = _exactly(self.conv_first, x * self.img_range)  # eq. 6
         f_m = self.body(f_0)  # eq. 7
         f_df = self.conv_after_body(f_m)  # eq. 8
-        f_sr = self.upsampler(f_df + f_0) / self.img_range  # eq. 9
+        f_sr = _exactly(self.upsampler, f_df + f_0) / self.img_range  # eq. 9
         if not self.bilinear:
             return f_sr
         # H_BU is linear, so the image range cancels in it and x itself is upsampled: no rounding
@@ -169,3 +169,15 @@ class MLRN(nn.Module):
         h_bu = F.interpolate(x, scale_factor=self.upscale, mode="bilinear", align_corners=False)
         y = h_bu + f_sr  # eq. 10
         return y
+
+
+def _exactly(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)`, without autocast.
+
+    The first features carry the image itself to the upsampler. Rounded to the 8 bits of bf16, it
+    would be off by up to half a grey level; what the blocks add to it is small, and can be rounded.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        return layer(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(next(layer.parameters()).dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 from mlrn_arch.archs.tile import STRIDE
 from mlrn_arch.machine import free_memory
 
-OVERLAP = 64  # input pixels that neighbouring tiles share; figures in README
+OVERLAP = 80  # input pixels that neighbouring tiles share; figures in README
 LARGEST, SMALLEST = 1024, 192  # pixels a side
 
 
