@@ -177,7 +177,7 @@ def _exactly(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     The first features carry the image itself to the upsampler. Rounded to the 8 bits of bf16, it
     would be off by up to half a grey level; what the blocks add to it is small, and can be rounded.
     """
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return layer(x)
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(next(layer.parameters()).dtype))
