@@ -11,6 +11,9 @@ import importlib
 import importlib.metadata
 import sys
 
+if "--multiprocessing-fork" in sys.orig_argv:  # a process that another one spawned
+    import mlrn_arch  # noqa: F401 (before what it unpickles imports BasicSR)
+
 VERBS = {
     "train": "train a network as an option file says",
     "test": "score a network on benchmark sets as an option file says",

@@ -54,6 +54,22 @@ def test_help_imports_no_torch():
     assert "mlrn_cli" in done.stdout and "torch" not in done.stdout.split()
 
 
+@pytest.mark.slow
+def test_a_process_that_the_command_spawns_can_import_basicsr(tmp_path):
+    """As workers of a loader do on macOS, and in the two processes of `mlrn benchmark`."""
+    script = tmp_path / "mlrn"  # as pip writes it
+    script.write_text(
+        "import multiprocessing\nimport mlrn_cli\nif __name__ == '__main__':\n"
+        "    import mlrn_arch\n    from basicsr.utils import set_random_seed\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    process = context.Process(target=set_random_seed, args=(0,))\n"
+        "    process.start()\n    process.join()\n    raise SystemExit(process.exitcode)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_option_files_by_name(mlrn_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no options/ here
     code, out, _ = mlrn_here("options")
