@@ -275,13 +275,6 @@ def _check_paired(where: str, dataset: Options) -> Iterator[str]:
     scale, gt_size = dataset.get("scale"), dataset.get("gt_size")
     if training and scale and gt_size % scale:
         yield f"{where}:gt_size: {gt_size} is not a multiple of the scale {scale}"
-    candidates = dataset.get("hardest_of", 1)
-    if candidates > 1 and dataset["type"] != "FastPairedImageDataset":
-        yield f"{where}:hardest_of: only FastPairedImageDataset chooses; set type to it"
-    elif candidates > 1 and (
-        dataset.get("color") == "y" or dataset.get("mean") or dataset.get("std")
-    ):
-        yield f"{where}:hardest_of: chooses in RGB only, without color, mean and std; leave it out"
     if faults:
         return
 

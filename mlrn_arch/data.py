@@ -29,10 +29,6 @@ class FastPairedImageDataset(PairedImageDataset):
     Takes the same options. In training it gives `lq` and `gt` as uint8, (3, h, w), RGB, which
     `FastSRModel` turns into the same float values on the device. A value of an LMDB that is an
     uncompressed BMP (`mlrn prepare --format bmp`) is never decoded: the crop is copied out of it.
-
-    One option more, `hardest_of: N`, crops N images, that of the index and others at random, and
-    gives the crop that bicubic interpolation enlarges worst in L1, the measure of SamplingAug
-    (Wang et al., 2021): photographs are mostly sky and walls, from which a network learns little.
     """
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -41,24 +37,16 @@ class FastPairedImageDataset(PairedImageDataset):
             return super().__getitem__(index)
         if self.file_client is None:
             self.file_client = FileClient(self.io_backend_opt.pop("type"), **self.io_backend_opt)
-        others = [random.randrange(len(self)) for _ in range(opt.get("hardest_of", 1) - 1)]
-        crops = [self._crop(i) for i in (index, *others)]
-        gt, lq, paths = max(crops, key=_bicubic_error) if others else crops[0]
-        gt, lq = (
-            torch.from_numpy(np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1)))
-            for image in augment([gt, lq], opt["use_hflip"], opt["use_rot"])
-        )
-        return {"lq": lq, "gt": gt, **paths}
-
-    def _crop(self, index: int) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-        """A random crop of an image pair as gt and lq, (h, w, 3), BGR, uint8, and their paths."""
         paths = self.paths[index]
         with contextlib.ExitStack() as stack:
-            gt, lq = (_image(self._value(stack, key, paths[f"{key}_path"])) for key in ("gt", "lq"))
-            gt, lq = paired_random_crop(
-                gt, lq, self.opt["gt_size"], self.opt["scale"], paths["gt_path"]
-            )
-            return np.ascontiguousarray(gt), np.ascontiguousarray(lq), paths
+            pair = (_image(self._value(stack, key, paths[f"{key}_path"])) for key in ("gt", "lq"))
+            crops = paired_random_crop(*pair, opt["gt_size"], opt["scale"], paths["gt_path"])
+            crops = [np.ascontiguousarray(crop) for crop in crops]  # what was a view of the LMDB
+        gt, lq = (
+            torch.from_numpy(np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1)))
+            for image in augment(crops, opt["use_hflip"], opt["use_rot"])
+        )
+        return {"lq": lq, "gt": gt, **paths}
 
     def _value(self, stack: contextlib.ExitStack, key: str, path: str) -> bytes | memoryview:
         """An encoded image; of an LMDB a view that is valid while `stack` is open.
@@ -72,13 +60,6 @@ class FastPairedImageDataset(PairedImageDataset):
         if value is None:
             raise KeyError(f"the LMDB has no {path}")
         return value
-
-
-def _bicubic_error(pair: tuple[np.ndarray, np.ndarray, Any]) -> float:
-    """Sum of the absolute differences between gt and lq enlarged to it."""
-    gt, lq, _ = pair
-    enlarged = cv2.resize(lq, gt.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    return cv2.norm(gt, enlarged, cv2.NORM_L1)
 
 
 def _image(value: bytes | memoryview) -> np.ndarray:

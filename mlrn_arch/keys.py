@@ -78,7 +78,7 @@ KEYS: dict[str, dict[str, Kind]] = {
         "mean": NUMBERS, "std": NUMBERS, "num_worker_per_gpu": NATURAL,
         "batch_size_per_gpu": COUNT, "dataset_enlarge_ratio": COUNT, "pin_memory": FLAG,
         "prefetch_mode": _one_of("cuda", "cpu"), "num_prefetch_queue": COUNT,
-        "use_shuffle": FLAG, "hardest_of": COUNT,
+        "use_shuffle": FLAG,
     },
     "path": {
         "pretrain_network_*": TEXT, "param_key_*": TEXT, "strict_load_*": FLAG,

@@ -21,7 +21,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, Registry
 from mlrn_arch import archs, checkpoints, plugins  # noqa: F401 (archs registers the networks)
 from mlrn_arch.checkpoints import FOLDER, PREFIX
 from mlrn_arch.errors import UserError, first_line
-from mlrn_arch.machine import need
+from mlrn_arch.machine import free_memory, need
 
 Options = dict[str, Any]
 
@@ -356,10 +356,21 @@ def make(where: str, registry: Registry, opt: Options) -> torch.nn.Module:
     """Make what a section with a `type` names; `UserError` if that refuses its arguments."""
     arguments = dict(opt)
     kind = registered(arguments.pop("type"), registry)
+    room, size = free_memory() // 2, 0
+
+    def weigh(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        nonlocal size  # told before the memory is written to: the system would kill the process
+        size += 0 if parameter is None else parameter.nbytes + 3000  # what Python keeps of each
+        if size > room:
+            raise MemoryError(f"its weights take more than half of the free memory, {room:,} bytes")
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(weigh)
     try:
         return registry.get(kind)(**arguments)
     except Exception as error:  # a class may refuse its arguments in any way
         raise UserError(f"{where}: {kind} refuses these arguments: {first_line(error)}") from None
+    finally:
+        hook.remove()
 
 
 def registered(kind: Any, registry: Registry) -> Any:

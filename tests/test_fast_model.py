@@ -219,30 +219,6 @@ def test_fast_dataset_gives_stock_samples(tmp_path, train_options, encoding):
         assert found["lq_path"] == expected["lq_path"]
 
 
-def test_hardest_of_prefers_what_bicubic_enlarges_badly(tmp_path, train_options):
-    """One image of three is rough: it comes unless none of the N is it."""
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    smooth = np.full((64, 64, 3), 128, np.uint8)
-    for name, pixels in (("rough", noise), ("smooth1", smooth), ("smooth2", smooth)):
-        for key, image in (("gt", pixels), ("lq", cv2.resize(pixels, (32, 32)))):
-            (tmp_path / key).mkdir(exist_ok=True)
-            cv2.imwrite(str(tmp_path / key / f"{name}.png"), image)
-    opt = train_options["datasets"]["train"] | {
-        "phase": "train",
-        "scale": 2,
-        "type": "FastPairedImageDataset",
-        "io_backend": {"type": "disk"},
-        **{f"dataroot_{key}": str(tmp_path / key) for key in ("gt", "lq")},
-    }
-    random.seed(0)
-    for candidates in (1, 4):
-        dataset = build_dataset({**opt, "hardest_of": candidates})
-        samples = [dataset[i % 3] for i in range(300)]
-        assert all(s["gt"].shape[1:] == (opt["gt_size"],) * 2 for s in samples)
-        share = np.mean(["rough" in sample["gt_path"] for sample in samples])
-        assert share == pytest.approx(1 - (2 / 3) ** candidates, abs=0.08)
-
-
 def test_parts_of_a_network_may_be_of_no_use_at_a_scale(build, fast_options):
     fast_options["network_g"] = {"type": "CARN", "upscale": 2, "num_feat": 8}
     model = build(fast_options)

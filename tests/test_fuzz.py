@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlrn_arch import options
+from mlrn_arch import networks, options
 from mlrn_arch.errors import UserError
 
 FILES = sorted((REPOSITORY / "options").rglob("*.yml"))
@@ -27,6 +27,14 @@ WRONG = st.one_of(
     st.integers(),
     st.text(max_size=4),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_memory() -> Iterator[None]:
+    """A network of millions of blocks is refused, after 128 MiB of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "free_memory", lambda: 2**28)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -141,3 +141,11 @@ def test_a_checkpoint_of_another_network_is_told(network):
     torch.save(RLFN(**TINY).state_dict(), "rlfn.pth")
     with pytest.raises(UserError, match="rlfn.pth: these are no weights of MLRN"):
         networks.load("rlfn.pth")
+
+
+@pytest.mark.parametrize("arguments", ["num_feat=2000", "num_block=10000000"])
+def test_a_network_larger_than_the_memory_is_refused(arguments, monkeypatch):
+    """In place of the system's killing the process."""
+    monkeypatch.setattr(networks, "free_memory", lambda: 2**26)
+    with pytest.raises(UserError, match="MLRN refuses .* more than half of the free memory"):
+        networks.load(f"MLRN:{arguments}:net.pth")

@@ -43,8 +43,6 @@ REFUSED = [
     ("datasets:val:io_backend:type", "lmbd", "must be disk or lmdb or memcached, not 'lmbd'"),
     ("datasets:train:gt_size", 31, "datasets:train:gt_size: 31 is not a multiple of the scale 2"),
     ("datasets:train:gt_size", 128, "gt_size: 128 is larger than the smallest image (64)"),
-    ("datasets:train:hardest_of", 0, "hardest_of: must be a whole number, 1 or more, not 0"),
-    ("datasets:train:hardest_of", 4, "hardest_of: only FastPairedImageDataset chooses"),
     ("datasets:train:batch_size_per_gpu", 900, "8 images are less than one batch of 900"),
     ("train:pixel_opt:type", "L1", "train:pixel_opt:type: unknown 'L1'; did you mean L1Loss"),
     ("train:pixel_opt", None, "train: has no loss"),
@@ -60,7 +58,7 @@ REFUSED = [
     ("datasets:train:type", "FastPairedImageDataset", "gives bytes, which SRModel cannot take"),
     ("path:pretrain_network_g", "/no/net.pth", "no such file /no/net.pth"),
     ("train:precison", "bf16", "train:precison: nothing reads it; did you mean precision?"),
-    ("datasets:train:hardest_off", 2, "nothing reads it; did you mean hardest_of?"),
+    ("datasets:train:gt_sise", 64, "nothing reads it; did you mean gt_size?"),
     ("logger:keeplast", 3, "logger:keeplast: nothing reads it; did you mean keep_last?"),
     ("notes", "mine", "notes: nothing reads it; begin the name of a note of your own with x_"),
     ("train:grad_clip", "x", "train:grad_clip: must be a number above 0, not 'x'"),
@@ -94,13 +92,11 @@ def test_refusal(tmp_path, monkeypatch, train_options, where, value, message):
 
 
 def test_refusals_of_fast_options(tmp_path, fast_options):
-    fast_options["datasets"]["train"].update(hardest_of=2, color="y")
     fast_options["val"].update(save_best="ssim")
     fast_options["train"]["optim_g"]["fused"] = False
     with pytest.raises(UserError) as error:
         read(tmp_path, fast_options)
     for message in (
-        "datasets:train:hardest_of: chooses in RGB only",
         "train:optim_g:fused: is FastSRModel's own affair; leave it out",
         "val:save_best: unknown 'ssim'; known are psnr; it must be one of val:metrics",
     ):
@@ -171,12 +167,12 @@ def test_a_key_without_a_value_is_not_there(build, fast_options):
     """BasicSR's own `get(key, default)` gives None then, which fails in the middle of a run."""
     for where in ("train:ema_decay", "train:precision", "train:warmup_iter", "val:precision"):
         change(fast_options, where, None)
-    for key in ("hardest_of", "dataset_enlarge_ratio", "filename_tmpl"):
+    for key in ("dataset_enlarge_ratio", "filename_tmpl"):
         fast_options["datasets"]["train"][key] = None
     model = build(fast_options)
     assert model.precision == model.val_precision == "fp32" and model.ema_decay == 0
     assert not {"warmup_iter"} & set(model.opt["train"])
-    assert not {"hardest_of", "filename_tmpl"} & set(model.opt["datasets"]["train"])
+    assert not {"filename_tmpl"} & set(model.opt["datasets"]["train"])
 
 
 def test_periods_must_last(tmp_path, train_options):

@@ -28,7 +28,6 @@ from mlrn_arch.train import replacements
 STOCK = [
     "model_type=SRModel",
     "datasets:train:type=PairedImageDataset",
-    "datasets:train:hardest_of=1",
     "train:optim_g:type=Adam",
 ]
 
