@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,44 @@ def state_dict(checkpoint: dict[str, Any], key: str | None = None) -> StateDict:
 def _is_state(value: Any) -> bool:
     tensors = isinstance(value, dict) and [isinstance(v, torch.Tensor) for v in value.values()]
     return bool(tensors) and all(tensors)
+
+
+def fitting(
+    path: str,
+    checkpoint: dict[str, Any],
+    network: torch.nn.Module,
+    key: str | None = None,
+    strict: bool = True,
+) -> tuple[StateDict, str]:
+    """The weights in a checkpoint, and a sentence that says why they do not fit, or nothing.
+
+    Args:
+        path: Of the checkpoint, for the sentence.
+        key: As `state_dict` takes it.
+        strict: Whether all tensors must be there; those that are must fit in any case.
+    """
+    try:
+        state = state_dict(checkpoint, key)
+    except UserError as error:
+        return {}, f"{path} {str(error).removeprefix('it ')}"
+    own = network.state_dict()
+
+    def some(names: Sequence[str]) -> str:
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    parts = []
+    if strict and (missing := [k for k in own if k not in state]):
+        parts.append(f"it lacks {some(missing)}")
+    if strict and (extra := [k for k in state if k not in own]):
+        parts.append(f"the network has no {some(extra)}")
+    if other := [
+        f"{k} ({tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the network)"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]:
+        parts.append(f"other shapes: {some(other)}")
+    name = type(network).__name__
+    return state, f"{path} is not a checkpoint of this {name}: {'; '.join(parts)}" if parts else ""
 
 
 def note(state: StateDict, network_g: dict[str, Any]) -> OrderedDict:

@@ -246,7 +246,7 @@ def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[
     which = key.split("_", 1)[1]
     how = paths.get(f"param_key_{which}", "params"), paths.get(f"strict_load_{which}", True)
     try:
-        _, fault = networks.fitting(path, checkpoints.read(path), network, *how)
+        _, fault = checkpoints.fitting(path, checkpoints.read(path), network, *how)
     except UserError as error:
         fault = str(error)
     if fault:

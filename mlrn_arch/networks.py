@@ -9,7 +9,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,9 @@ def load(
             raise UserError(f"{found.name} names no checkpoint; write {found.name}:CHECKPOINT")
         return network, found.network_g
     loaded = found.loaded or checkpoints.read(found.checkpoint)
-    state, fault = fitting(found.checkpoint, loaded, network, found.param_key, found.strict)
+    state, fault = checkpoints.fitting(
+        found.checkpoint, loaded, network, found.param_key, found.strict
+    )
     if fault:
         raise UserError(fault)
     network.load_state_dict(state, strict=found.strict)
@@ -410,44 +412,6 @@ def check_call(
 
 
 # --- checkpoints --------------------------------------------------------------------------------
-
-
-def fitting(
-    path: str,
-    checkpoint: Options,
-    network: torch.nn.Module,
-    key: str | None = None,
-    strict: bool = True,
-) -> tuple[checkpoints.StateDict, str]:
-    """The weights in a checkpoint, and a sentence that says why they do not fit, or nothing.
-
-    Args:
-        path: Of the checkpoint, for the sentence.
-        key: As `checkpoints.state_dict` takes it.
-        strict: Whether all tensors must be there; those that are must fit in any case.
-    """
-    try:
-        state = checkpoints.state_dict(checkpoint, key)
-    except UserError as error:
-        return {}, f"{path} {str(error).removeprefix('it ')}"
-    own = network.state_dict()
-
-    def some(names: Sequence[str]) -> str:
-        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-    parts = []
-    if strict and (missing := [k for k in own if k not in state]):
-        parts.append(f"it lacks {some(missing)}")
-    if strict and (extra := [k for k in state if k not in own]):
-        parts.append(f"the network has no {some(extra)}")
-    if other := [
-        f"{k} ({tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the network)"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]:
-        parts.append(f"other shapes: {some(other)}")
-    name = type(network).__name__
-    return state, f"{path} is not a checkpoint of this {name}: {'; '.join(parts)}" if parts else ""
 
 
 def _of_checkpoint(name: str, path: str) -> Source:

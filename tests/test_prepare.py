@@ -25,6 +25,7 @@ from mlrn_arch.errors import UserError
 from mlrn_arch.inference import backends
 from mlrn_arch.inference.resize import imresize
 from mlrn_arch.tools import prepare
+from mlrn_arch.tools.prepare import stream, training
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -255,14 +256,14 @@ def test_bad_images_are_named_and_the_rest_is_made(photos, tmp_path):
 
 
 def test_a_file_that_kills_its_worker_is_one_sentence(photos, tmp_path, monkeypatch):
-    decode = prepare._decode
+    decode = stream.decode
 
     def deadly(path):
         if path.name == "0002.bmp":
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(path)
 
-    monkeypatch.setattr(prepare, "_decode", deadly)
+    monkeypatch.setattr(stream, "decode", deadly)
     for benchmark in ((), ("--benchmark",)):
         with pytest.raises(UserError, match="a worker process was killed.*--workers 1 continues"):
             run(photos, tmp_path / "D", *SMALL, *benchmark, "--workers", 1)
@@ -358,19 +359,19 @@ def test_killed_runs_continue_to_the_same_records(many, tmp_path):
     script = """
 import signal, sys, time
 import mlrn_cli
-from mlrn_arch.tools import prepare
+from mlrn_arch.tools.prepare import stream, training
 
 # which shells make what they run in the background ignore, and that its children
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def waiting(*arguments, stream=prepare._stream):
-    for number, result in enumerate(stream(*arguments)):
+def waiting(*arguments, results=stream.results):
+    for number, result in enumerate(results(*arguments)):
         if number == 5:
             print("waiting", flush=True)
             time.sleep(100)
         yield result
 
-prepare._COMMIT_BYTES, prepare._stream = 0, waiting
+training._COMMIT_BYTES, stream.results = 0, waiting
 sys.exit(mlrn_cli.main())
 """
     command = [sys.executable, "-c", script, "prepare", str(many), str(out), *settings]
@@ -392,7 +393,7 @@ sys.exit(mlrn_cli.main())
     with lmdb.open(str(out / ".D.partial/D_train_HR_sub.lmdb")) as env:
         with env.begin(write=True) as transaction:
             transaction.put(b"0012_s001", b"torn")
-    assert len(prepare._counts(out / ".D.partial/D_train_LR_bicubic_X4_sub.lmdb")) == 10
+    assert len(training.counts_of(out / ".D.partial/D_train_LR_bicubic_X4_sub.lmdb")) == 10
     assert run(many, out, *settings) == 0
     for folder in whole.iterdir():
         assert records(out / folder.name) == records(folder)
@@ -421,14 +422,14 @@ def test_a_kill_while_results_are_put_into_place(photos, tmp_path, monkeypatch, 
 
         return call
 
-    publish = prepare._publish
+    publish = training.publish
 
     def watched(unfinished):
         monkeypatch.setattr(Path, "rename", dying(Path.rename))
         monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
         publish(unfinished)
 
-    monkeypatch.setattr(prepare, "_publish", watched)
+    monkeypatch.setattr(training, "publish", watched)
     killed = steps < 9
     try:
         run(photos, out, *SMALL, "--overwrite")
@@ -445,17 +446,19 @@ def test_a_kill_while_results_are_put_into_place(photos, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "function, error, arguments",
+    "module, function, error, arguments",
     [
-        ("_pair", OSError(28, "No space left on device"), ("--benchmark",)),
-        ("_build", lmdb.Error("mdb_txn_commit: Input/output error"), SMALL),
+        (prepare, "_pair", OSError(28, "No space left on device"), ("--benchmark",)),
+        (training, "_build", lmdb.Error("mdb_txn_commit: Input/output error"), SMALL),
     ],
 )
-def test_full_disk_is_one_sentence(photos, tmp_path, monkeypatch, function, error, arguments):
+def test_full_disk_is_one_sentence(
+    photos, tmp_path, monkeypatch, module, function, error, arguments
+):
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr(prepare, function, full)
+    monkeypatch.setattr(module, function, full)
     with pytest.raises(UserError, match="cannot write to .*; if its disk is full, free some space"):
         run(photos, tmp_path / "D", *arguments)
 
@@ -507,16 +510,16 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
     data = cv2.imencode(".bmp", noise)[1].tobytes()
     for i in range(1500):
         (source / f"{i:04d}.bmp").write_bytes(data)
-    stream, used = prepare._stream, []
+    results, used = stream.results, []
 
     def watched(*arguments):
-        for result in stream(*arguments):
+        for result in results(*arguments):
             status = Path("/proc/self/status").read_text()
             used.append(int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024)
             yield result
 
-    monkeypatch.setattr(prepare, "_stream", watched)
-    monkeypatch.setattr(prepare, "_COMMIT_BYTES", 2**22)
+    monkeypatch.setattr(stream, "results", watched)
+    monkeypatch.setattr(training, "_COMMIT_BYTES", 2**22)
     settings = ("--crop-size", 240, "--step", 240, "--scale", 2, "--format", "bmp")
     assert run(source, tmp_path / "D", *settings) == 0
     assert len(used) == 1500

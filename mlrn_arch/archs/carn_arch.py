@@ -180,14 +180,9 @@ class CARN(Cascade):
         self.exit = nn.Conv2d(num_feat, 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve a batch of images of any size.
+        """Super-resolve RGB images of any size, `x`, (n, 3, h, w) in [0, 1].
 
-        Args:
-            x: low-resolution RGB images in [0, 1], (n, 3, h, w).
-
-        Returns:
-            High-resolution images, nominally in [0, 1] (not clamped),
-            (n, 3, h * upscale, w * upscale).
+        Returns (n, 3, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
         """
         deep = super().forward(self.entry(self.sub_mean(x)))
         return self.add_mean(self.exit(self.upsample[self.used](deep)))

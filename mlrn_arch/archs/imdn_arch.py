@@ -94,14 +94,9 @@ class IMDN(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve a batch of images of any size.
+        """Super-resolve images of any size, `x`, (n, num_in_ch, h, w) in [0, 1].
 
-        Args:
-            x: low-resolution images in [0, 1], (n, num_in_ch, h, w).
-
-        Returns:
-            High-resolution images, nominally in [0, 1] (not clamped),
-            (n, num_out_ch, h * upscale, w * upscale).
+        Returns (n, num_out_ch, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
         """
         shallow = self.fea_conv(x)
         features = []

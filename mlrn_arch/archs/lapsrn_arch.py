@@ -91,14 +91,9 @@ class LapSRN(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve a batch of images of any size.
+        """Super-resolve images of any size, `x`, (n, num_in_ch, h, w) in [0, 1].
 
-        Args:
-            x: low-resolution images in [0, 1], (n, num_in_ch, h, w).
-
-        Returns:
-            High-resolution images, nominally in [0, 1] (not clamped),
-            (n, num_out_ch, h * upscale, w * upscale).
+        Returns (n, num_out_ch, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
         """
         f = F.leaky_relu(self.conv_first(x), 0.2)
         for level in self.levels:

@@ -59,14 +59,9 @@ class SRCNN(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve a batch of images of any size.
+        """Super-resolve images of any size, `x`, (n, num_in_ch, h, w) in [0, 1].
 
-        Args:
-            x: low-resolution images in [0, 1], (n, num_in_ch, h, w).
-
-        Returns:
-            High-resolution images, nominally in [0, 1] (not clamped),
-            (n, num_out_ch, h * upscale, w * upscale).
+        Returns (n, num_out_ch, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
         """
         f1 = F.relu(self.conv1(upsample_bicubic(x, self.upscale)))
         f2 = F.relu(self.conv2(f1))

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from mlrn_arch import networks
@@ -80,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--quality must be from 1 to 100, not {args.quality}")
     if args.network and args.scale:
         raise UserError("--scale is that of a shipped network; with --network leave it out")
-    Image.MAX_IMAGE_PIXELS = None  # large photographs are no attack here
     if not args.inputs + args.input:
         raise UserError("name an image, a folder or a quoted pattern to upscale")
     inputs, missing = _find(args.inputs + args.input, args.recursive)
