@@ -160,7 +160,7 @@ class MLRN(nn.Module):
         """
         f_0 = _exactly(self.conv_first, x * self.img_range)  # eq. 6
         f_m = self.body(f_0)  # eq. 7
-        f_df = self.conv_after_body(f_m)  # eq. 8
+        f_df = _exactly(self.conv_after_body, f_m)  # eq. 8
         f_sr = _exactly(self.upsampler, f_df + f_0) / self.img_range  # eq. 9
         if not self.bilinear:
             return f_sr
@@ -174,8 +174,8 @@ class MLRN(nn.Module):
 def _exactly(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`layer(x)`, without autocast.
 
-    The first features carry the image itself to the upsampler. Rounded to the 8 bits of bf16, it
-    would be off by up to half a grey level; what the blocks add to it is small, and can be rounded.
+    The first and the last features carry the image itself to the upsampler. Rounded to the 8 bits
+    of bf16, it would be off by up to half a grey level; what a block adds is small, and may be.
     """
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return layer(x)
