@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -111,7 +112,8 @@ def test_test_takes_a_shipped_network(network, tmp_path, test_options):
     assert opt["path"]["pretrain_network_g"] == networks.info("x2")["file"]
     assert opt["val"]["save_img"] and args.opt == "options/test_MLRN_x2.yml"
     for text, told in {
-        "x3": r"test_MLRN_x3.yml has [\s\S]* no such folder",  # the package's
+        "x3": re.escape(str(networks.option_files()["test_MLRN_x3"]))
+        + r" has [\s\S]* no such folder",
         NAMED: f"names no checkpoint; write {NAMED}:CHECKPOINT",
         "RLFN:upscale=2:net.pth": "net.pth is not a checkpoint of this RLFN",
     }.items():
