@@ -27,7 +27,11 @@ LEFT_OUT = "left out"
 
 
 def find(source: Path, output: Path) -> dict[str, Path]:
-    """All images below `source` by the key that they get, in the order of their paths."""
+    """All images below `source` by the key that they get, in the order of their paths.
+
+    Raises:
+        UserError: There is none, `source` is no folder, or two would get the same key.
+    """
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; INPUT is a folder of HR images")
     if source.resolve() == output.resolve():
@@ -71,7 +75,7 @@ def results(
     if not images:
         return
     # Processes, not threads: a file that crashes a decoder ends a worker, and the run names it.
-    results = DataLoader(
+    loader = DataLoader(
         list(images.items()),
         batch_size=None,
         num_workers=min(workers, len(images)),
@@ -80,7 +84,7 @@ def results(
     )
     path = "the start"
     try:
-        bar = tqdm(results, unit=" images", disable=None, dynamic_ncols=True)
+        bar = tqdm(loader, unit=" images", disable=None, dynamic_ncols=True)
         for (key, path), result in zip(images.items(), bar, strict=True):
             if isinstance(result, OSError):
                 raise result
@@ -95,6 +99,7 @@ def results(
 
 
 def killed(error: RuntimeError, where: str) -> Exception:
+    """The error, or what it means to the user if it tells of a worker's death."""
     if "DataLoader worker" not in str(error):
         return error
     return UserError(
@@ -133,6 +138,7 @@ def decode(path: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def report(tally: Counter, total: int, start: float) -> int:
+    """Print what became of `total` images since `start`; returns the exit code."""
     left_out = tally.pop(LEFT_OUT, 0)
     if tally:
         print("images: " + "; ".join(f"{number} {note}" for note, number in sorted(tally.items())))

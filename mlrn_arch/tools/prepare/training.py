@@ -31,6 +31,11 @@ _ANEW = "--overwrite with every scale makes all of it anew"
 
 
 def make(args: argparse.Namespace, images: dict[str, Path]) -> int:
+    """Make the LMDBs of `images` as the arguments of `mlrn prepare` say; returns its exit code.
+
+    Raises:
+        UserError: What is there already forbids it, or no image can be used.
+    """
     start = time.monotonic()
     name = (args.name or args.output.resolve().name).removesuffix("_train")
     if not name or name.startswith(".") or Path(name).name != name:
