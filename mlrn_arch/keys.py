@@ -119,7 +119,7 @@ CALLS: dict[str, dict[str, Kind]] = {
         "betas": ("two numbers from 0 to below 1", lambda v: (
             isinstance(v, list) and len(v) == 2 and all(_number(0)(b) and b < 1 for b in v)
         )),
-        "amsgrad": FLAG, "momentum": SHARE,
+        "amsgrad": FLAG, "momentum": SHARE, "bias_lr": POSITIVE,
     },
     "train:scheduler": {
         "type": TEXT, "milestones": _list_of(COUNT), "gamma": POSITIVE, "periods": _list_of(COUNT),

@@ -155,6 +155,47 @@ def test_muon_leaves_to_adam_what_it_is_not_made_for(build, fast_options):
     assert all(name.endswith(".weight") for name in muon)
 
 
+def test_biases_that_step_with_the_image_range_learn_the_same_in_any():
+    """In [0, 255] all that a homogeneous network computes is 255 times as large."""
+    torch.manual_seed(0)
+    conv, act = torch.nn.Conv2d, torch.nn.LeakyReLU(0.05)
+    net = torch.nn.Sequential(conv(3, 8, 3), act, conv(8, 8, 3), act, conv(8, 3, 3))
+    wide = deepcopy(net)
+    for layer in wide[::2]:
+        layer.bias.data *= 255
+    x, gt = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 10, 10)
+    outputs = [net(x)]
+    for network, scale in ((net, 1), (wide, 255)):
+        layers = network[::2]
+        muon = Muon(
+            [layers[1].weight],
+            [layers[0].weight, layers[2].weight],
+            lr=0.01,
+            biases=[layer.bias for layer in layers],
+            bias_lr=0.01 * scale,
+            eps=1e-12,
+        )
+        for _ in range(5):
+            muon.zero_grad()
+            (network(x * scale) / scale - gt).square().mean().backward()
+            muon.step()
+        outputs.append(network(x * scale) / scale)
+    before, after, in_255 = outputs
+    assert (after - in_255).abs().max() < 1e-3 * (after - before).abs().max()
+
+
+def test_biases_have_a_learning_rate_of_their_own(build, fast_options):
+    fast_options["train"]["optim_g"].update(type="Muon", lr=1e-3, bias_lr=0.03)
+    model = build(fast_options)
+    names = {id(param): name for name, param in model.net_g.named_parameters()}
+    rates = {
+        names[id(param)]: group["lr"]
+        for group in model.optimizer_g.param_groups
+        for param in group["params"]
+    }
+    assert rates == {name: 0.03 if name.endswith("bias") else 1e-3 for name in names.values()}
+
+
 @pytest.mark.parametrize(
     ("network", "channels", "inner", "others"),
     [
@@ -496,6 +537,8 @@ def test_processes_validate_to_the_digits_of_one(tmp_path, test_options, paired_
 @pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
 def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options, optimizer):
     fast_options["train"]["optim_g"]["type"] = optimizer
+    if optimizer == "Muon":
+        fast_options["train"]["optim_g"]["bias_lr"] = 0.01
     path = write_yaml(tmp_path / "tiny.yml", fast_options)
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()

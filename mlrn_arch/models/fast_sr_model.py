@@ -27,6 +27,7 @@ class FastSRModel(ResumableModel):
     Takes every option of `SRModel`, and:
 
         train:optim_g:type    Adam, or Muon, which learns more from each step
+        train:optim_g:bias_lr  Muon's learning rate of biases; lr by default
         train:precision       fp32 (default), bf16, or fp16 (with loss scaling)
         train:channels_last   true (default): the memory format that convolutions are fastest in
         train:compile         false (default): `torch.compile` the network for training
@@ -89,8 +90,12 @@ class FastSRModel(ResumableModel):
         net = self.get_bare_model(self.net_g)
         inner = inner_weights(net, torch.zeros(1, channels, 64, 64, device=self.device))
         ids = {id(param) for param in inner}
-        rest = [param for param in params if id(param) not in ids]
         others = [n for n, p in net.named_parameters() if p.ndim > 1 and id(p) not in ids]
+        if "bias_lr" in kwargs:
+            biases = {id(p) for n, p in net.named_parameters() if n.endswith("bias")}
+            kwargs["biases"] = [param for param in params if id(param) in biases]
+            ids |= biases
+        rest = [param for param in params if id(param) not in ids]
         get_root_logger().info(
             f"Muon trains {len(inner)} weights, {sum(p.numel() for p in inner):,} parameters; "
             f"Adam biases and {len(others)} weights: {', '.join(others)}"

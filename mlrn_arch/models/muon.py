@@ -21,6 +21,9 @@ class Muon(torch.optim.Adam):
         inner: Muon's weights, of at least two dimensions; see `inner_weights`.
         rest: Adam's parameters.
         lr: Learning rate, the root mean square of what a step adds to a weight; Adam's fit.
+        biases: Parameters of Adam's as well, with a learning rate of their own.
+        bias_lr: That of `biases`. Features of images in [0, 255] are 255 times as large as in
+            [0, 1], and what is added to them has as far to go.
         momentum: Of Muon's gradient, in Nesterov's form.
         betas, eps, weight_decay: Adam's.
     """
@@ -30,12 +33,18 @@ class Muon(torch.optim.Adam):
         inner: Iterable[nn.Parameter],
         rest: Iterable[nn.Parameter],
         lr: float,
+        biases: Iterable[nn.Parameter] = (),
+        bias_lr: float | None = None,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        groups = [{"params": list(rest)}, {"params": list(inner), "momentum": momentum}]
+        groups = [
+            {"params": list(rest)},
+            {"params": list(biases), "lr": bias_lr or lr},
+            {"params": list(inner), "momentum": momentum},
+        ]
         groups = [group for group in groups if group["params"]]
         super().__init__(groups, lr, betas, eps, weight_decay, fused=True)
 
