@@ -154,9 +154,14 @@ def note(state: StateDict, network_g: dict[str, Any]) -> OrderedDict:
     PyTorch keeps the versions of modules in a state dict's `_metadata`; what is beside them there
     is saved and loaded with it and concerns no strict loading.
     """
-    noted = OrderedDict(state)
-    noted._metadata = {"": {"version": 1, "network_g": dict(network_g)}}
-    return noted
+    copy = OrderedDict(state)
+    copy._metadata = {"": {"version": 1, "network_g": dict(network_g)}}
+    return copy
+
+
+def noted(state: StateDict) -> dict[str, Any]:
+    """The section `network_g` that `note` left in a state dict; empty where there is none."""
+    return dict(getattr(state, "_metadata", {}).get("", {}).get("network_g") or {})
 
 
 def deduce(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -176,8 +181,8 @@ def deduce(checkpoint: dict[str, Any]) -> dict[str, Any]:
         ValueError: It says nothing and is not MLRN's.
     """
     state = state_dict(checkpoint)
-    if noted := getattr(state, "_metadata", {}).get("", {}).get("network_g"):
-        return dict(noted)
+    if network_g := noted(state):
+        return network_g
     try:
         num_feat, num_in_ch = state["conv_first.weight"].shape[:2]
         esa_feat = len(state["body.0.esa.conv_f.weight"])
