@@ -114,15 +114,19 @@ def fitting(
     path: str,
     checkpoint: dict[str, Any],
     network: torch.nn.Module,
+    arguments: dict[str, Any],
     key: str | None = None,
     strict: bool = True,
+    where: str = "network_g",
 ) -> tuple[StateDict, str]:
     """The weights in a checkpoint, and a sentence that says why they do not fit, or nothing.
 
     Args:
         path: Of the checkpoint, for the sentence.
+        arguments: The network's, as `networks.build` returns them.
         key: As `state_dict` takes it.
         strict: Whether all tensors must be there; those that are must fit in any case.
+        where: The section of the network, for the sentence.
     """
     try:
         state = state_dict(checkpoint, key)
@@ -145,7 +149,15 @@ def fitting(
     ]:
         parts.append(f"other shapes: {some(other)}")
     name = type(network).__name__
-    return state, f"{path} is not a checkpoint of this {name}: {'; '.join(parts)}" if parts else ""
+    if parts:
+        return state, f"{path} is not a checkpoint of this {name}: {'; '.join(parts)}"
+    # Tensors of the same shapes do not tell an img_range, and scores would be nonsense in silence.
+    its_own = noted(state)
+    wrong = [k for k in its_own if k in arguments and arguments[k] != its_own[k]]
+    if not (wrong and strict and its_own.get("type") == name):
+        return state, ""
+    its, given = (", ".join(f"{k}: {of[k]}" for k in wrong) for of in (its_own, arguments))
+    return state, f"{path} is of a network with {its}, and {where} has {given}; make them equal"
 
 
 def note(state: StateDict, network_g: dict[str, Any]) -> OrderedDict:

@@ -185,7 +185,7 @@ def load(
         UserError: There is no such network, or its weights are missing or another's.
     """
     found = source if isinstance(source, Source) else find(source, weights)
-    network, _ = build(found.network_g, f"{found.name}: network_g")
+    network, arguments = build(found.network_g, f"{found.name}: network_g")
     network.eval().requires_grad_(False)
     if found.checkpoint is None:
         if any(True for _ in network.parameters()):
@@ -193,7 +193,7 @@ def load(
         return network, found.network_g
     loaded = found.loaded or checkpoints.read(found.checkpoint)
     state, fault = checkpoints.fitting(
-        found.checkpoint, loaded, network, found.param_key, found.strict
+        found.checkpoint, loaded, network, arguments, found.param_key, found.strict
     )
     if fault:
         raise UserError(fault)

@@ -8,6 +8,7 @@ import torch
 from conftest import REPOSITORY, SHARED, write_yaml
 
 from mlrn_arch import create_model, networks
+from mlrn_arch.errors import UserError
 
 
 def test_names_are_the_papers_networks():
@@ -57,6 +58,8 @@ def test_another_image_range_than_the_weights_is_told(tmp_path, test_options, ml
     code, _, err = mlrn_here("test", "-opt", write_yaml(tmp_path / "t.yml", test_options))
     assert code == 2
     assert "of a network with img_range: 255.0, and network_g has img_range: 1.0" in err
+    with pytest.raises(UserError, match="img_range: 255.0, and network_g has img_range: 1.0"):
+        networks.load("MLRN:num_feat=50,num_block=4,upscale=4:mlrn://NTIRE_x4")
 
 
 def test_list_tells_every_network(mlrn_here):
