@@ -14,7 +14,8 @@ from typing import Any
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 
 from mlrn_arch.machine import DTYPES
-from mlrn_arch.networks import is_number, registered
+from mlrn_arch.networks import registered
+from mlrn_arch.option_files import is_number
 
 Kind = tuple[str, Callable[[Any], bool]]  # in words, and as a test
 

@@ -22,11 +22,12 @@ from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info, init_dist
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from mlrn_arch import checkpoints, checks, keys, machine, networks, plugins
+from mlrn_arch import checkpoints, checks, keys, machine, networks, option_files, plugins, sources
 from mlrn_arch.errors import UserError
 from mlrn_arch.machine import DTYPES
 from mlrn_arch.models.fast_sr_model import FastSRModel
-from mlrn_arch.networks import Options, is_number, load_yaml
+from mlrn_arch.networks import Options
+from mlrn_arch.option_files import is_number, load_yaml
 
 BY_NAME = """A network without an option file is tested by options/test_MLRN_x4.yml (x2, x3), or
 that of the package, with another network_g; one with a window_size as BasicSR's SwinIRModel, which
@@ -55,7 +56,7 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
         parser.add_argument(
             "network", nargs="?", metavar="NETWORK", help="test this instead of an option file"
         )
-        parser.epilog = f"{networks.FORMS}\n\n{BY_NAME}"
+        parser.epilog = f"{sources.FORMS}\n\n{BY_NAME}"
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm"],
@@ -122,7 +123,7 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
     if not is_train and args.network:
         args.opt, forced = _test_of(args.network)
         args.force_yml = [*forced, *args.force_yml]
-    args.opt = str(networks.option_file(args.opt))
+    args.opt = str(option_files.option_file(args.opt))
     opt = load_yaml(args.opt)
     required = checks.REQUIRED + checks.REQUIRED_TRAIN * is_train
     faults = _force(opt, args.force_yml) or [
@@ -152,15 +153,15 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
 
 def _test_of(text: str) -> tuple[str, list[str]]:
     """The option file that tests the network of that name, and what is to be changed in it."""
-    found, forced = networks.find(text), []
+    found, forced = sources.find(text), []
     if found.checkpoint:
         forced = [f"path:pretrain_network_g={json.dumps(found.checkpoint)}"]
     elif any(True for _ in networks.build(found.network_g)[0].parameters()):
         raise UserError(f"names no checkpoint; write {text}:CHECKPOINT")
     if found.file:
         return found.file, forced
-    file = networks.usual_file(f"test_MLRN_x{found.scale}")
-    name = os.path.splitext(os.path.basename(found.name.removeprefix(networks.PREFIX)))[0]
+    file = option_files.usual_file(f"test_MLRN_x{found.scale}")
+    name = os.path.splitext(os.path.basename(found.name.removeprefix(checkpoints.PREFIX)))[0]
     name = f"{name.partition(':')[0].removesuffix(f'x{found.scale}').rstrip('_') or 'MLRN'}"
     own = [f"name=test_{name}_x{found.scale}", "path:pretrain_network_g=none"]
     own += [f"network_g={yaml.safe_dump(found.network_g, default_flow_style=True)}"]

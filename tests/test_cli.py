@@ -21,7 +21,7 @@ from PIL import Image
 
 import mlrn_arch
 import mlrn_cli
-from mlrn_arch import networks, plugins
+from mlrn_arch import networks, plugins, sources
 from mlrn_arch.errors import UserError
 
 OWN = """
@@ -109,7 +109,7 @@ def test_a_network_from_a_file_takes_part_everywhere(tmp_path, mlrn_here, monkey
     assert code == 0 and "PluginA" in out, err
     plugins.register(["plugina.py"])  # once is enough
     write_yaml(tmp_path / "b.yml", {"import": "pluginb", "network_g": {"type": "PluginB"}})
-    network, _ = networks.build(networks.find("b.yml").network_g)
+    network, _ = networks.build(sources.find("b.yml").network_g)
     assert network(torch.rand(1, 3, 4, 4)).shape == (1, 3, 8, 8)
     with pytest.raises(UserError, match="import gone.py: no such file"):
         plugins.register(["gone.py"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -16,7 +17,7 @@ from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlrn_arch import networks, options
+from mlrn_arch import options
 from mlrn_arch.errors import UserError
 
 FILES = sorted((REPOSITORY / "options").rglob("*.yml"))
@@ -31,10 +32,12 @@ WRONG = st.one_of(
 
 @pytest.fixture(scope="module", autouse=True)
 def little_memory() -> Iterator[None]:
-    """A network of millions of blocks is refused, after 128 MiB of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "free_memory", lambda: 2**28)
-        yield
+    """A network of millions of blocks ends in a sentence once the memory is full."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import torch
 from conftest import REPOSITORY, SHARED, start_training, write_yaml
 from torch import nn
 
-from mlrn_arch.archs.inherit import inherit
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
+from mlrn_arch.inherit import inherit
 
 FORMS = {
     "x2": ({"upscale": 2}, {"upscale": 2}, "rlfn_x2.pth"),

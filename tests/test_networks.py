@@ -10,7 +10,7 @@ import torch
 from basicsr.models.base_model import BaseModel
 from conftest import write_yaml
 
-from mlrn_arch import Upscaler, networks, options
+from mlrn_arch import Upscaler, networks, option_files, options, sources
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
@@ -64,8 +64,8 @@ def test_every_form_of_a_checkpoint_loads_everywhere(network, tmp_path, mlrn_her
     else:
         file = "form.pth"
         torch.save(CHECKPOINTS[form](network.state_dict()), file)
-    assert same(networks.load(file)[0], network)
-    assert same(networks.load("net.yml", file)[0], network)
+    assert same(sources.load(file)[0], network)
+    assert same(sources.load("net.yml", file)[0], network)
     assert same(Upscaler(None, weights=file).network, network)
 
     key = "params_ema" if form == "both" else "params"
@@ -79,7 +79,7 @@ def test_every_form_of_a_checkpoint_loads_everywhere(network, tmp_path, mlrn_her
 def test_several_weights_in_one_checkpoint_are_named(network):
     torch.save({"net_a": network.state_dict(), "net_b": network.state_dict()}, "two.pth")
     with pytest.raises(UserError, match="holds the weights net_a, net_b; choose by path:param_key"):
-        networks.load("net.yml:two.pth")
+        sources.load("net.yml:two.pth")
 
 
 @pytest.mark.parametrize("text", ["net.yml", "net.pth", f"{NAMED}:net.pth", "net.yml:net.pth"])
@@ -89,7 +89,7 @@ def test_every_form_of_a_network_is_taken_by_every_verb(network, tmp_path, mlrn_
     assert opt["path"]["pretrain_network_g"] == "net.pth" and opt["scale"] == 2
     assert same(Upscaler(text).network, network)
     assert mlrn_here("export", text, "out.pth")[0] == 0
-    assert same(networks.load("out.pth")[0], network)
+    assert same(sources.load("out.pth")[0], network)
     flags = ["--input-size", "24x16", "--no-runtime", "--json", "out.json"]
     assert mlrn_here("profile", text, *flags)[0] == 0
     (row,) = json.loads((tmp_path / "out.json").read_text())["networks"]
@@ -99,7 +99,7 @@ def test_every_form_of_a_network_is_taken_by_every_verb(network, tmp_path, mlrn_
 
 @pytest.mark.parametrize("text", ["x4", "MLRN_x4", "mlrn://x4", "NTIRE_x4", "mlrn://MLRN_NTIRE_x4"])
 def test_shipped_names(text):
-    network, network_g = networks.load(text)
+    network, network_g = sources.load(text)
     wanted = "MLRN_NTIRE_x4" if "NTIRE" in text else "MLRN_x4"
     assert network_g == networks.info(wanted)["network_g"]
     assert same(network, networks.create_model(wanted, pretrained=True))
@@ -112,7 +112,7 @@ def test_test_takes_a_shipped_network(network, tmp_path, test_options):
     assert opt["path"]["pretrain_network_g"] == networks.info("x2")["file"]
     assert opt["val"]["save_img"] and args.opt == "options/test_MLRN_x2.yml"
     for text, told in {
-        "x3": re.escape(str(networks.option_files()["test_MLRN_x3"]))
+        "x3": re.escape(str(option_files.option_files()["test_MLRN_x3"]))
         + r" has [\s\S]* no such folder",
         NAMED: f"names no checkpoint; write {NAMED}:CHECKPOINT",
         "RLFN:upscale=2:net.pth": "net.pth is not a checkpoint of this RLFN",
@@ -122,32 +122,24 @@ def test_test_takes_a_shipped_network(network, tmp_path, test_options):
 
 
 def test_loosely_loaded_weights_must_still_fit_in_shape(network, tmp_path):
-    opt = networks.load_yaml("net.yml")
+    opt = option_files.load_yaml("net.yml")
     opt["network_g"] = {**opt["network_g"], "num_block": 2}
     opt["path"]["strict_load_g"] = False
     write_yaml(tmp_path / "loose.yml", opt)
-    assert len(networks.load("loose.yml")[0].body) == 2
+    assert len(sources.load("loose.yml")[0].body) == 2
     opt["network_g"]["upscale"] = 3
     write_yaml(tmp_path / "loose.yml", opt)
     with pytest.raises(UserError, match=r"other shapes: upsampler.0.weight \(\(12, 8, 3, 3\)"):
-        networks.load("loose.yml")
+        sources.load("loose.yml")
 
 
 @pytest.mark.parametrize("verb", ["test", "compare", "profile", "export", "upscale"])
 def test_the_forms_are_told_by_every_verb(mlrn_here, verb):
     code, out, _ = mlrn_here(verb, "--help")
-    assert code == 0 and networks.FORMS in out
+    assert code == 0 and sources.FORMS in out
 
 
 def test_a_checkpoint_of_another_network_is_told(network):
     torch.save(RLFN(**TINY).state_dict(), "rlfn.pth")
     with pytest.raises(UserError, match="rlfn.pth: these are no weights of MLRN"):
-        networks.load("rlfn.pth")
-
-
-@pytest.mark.parametrize("arguments", ["num_feat=2000", "num_block=10000000"])
-def test_a_network_larger_than_the_memory_is_refused(arguments, monkeypatch):
-    """In place of the system's killing the process."""
-    monkeypatch.setattr(networks, "free_memory", lambda: 2**26)
-    with pytest.raises(UserError, match="MLRN refuses .* more than half of the free memory"):
-        networks.load(f"MLRN:{arguments}:net.pth")
+        sources.load("rlfn.pth")

@@ -16,7 +16,7 @@ from basicsr.archs import build_network
 from conftest import write_yaml
 from PIL import Image, ImageCms, ImageOps
 
-from mlrn_arch import Upscaler, networks
+from mlrn_arch import Upscaler, networks, sources
 from mlrn_arch.errors import UserError
 from mlrn_arch.inference import backends, image_files, tiles
 from mlrn_arch.machine import free_memory
@@ -585,7 +585,7 @@ def test_mistakes(run, tmp_path, option_file, arguments, told):
 
 def test_a_scale_stands_for_its_shipped_weights(network, option_file):
     for scale in (2, 3):
-        ours, theirs = Upscaler(scale=scale).network, networks.load(f"x{scale}")[0]
+        ours, theirs = Upscaler(scale=scale).network, sources.load(f"x{scale}")[0]
         assert all(
             torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
         )

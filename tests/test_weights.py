@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, SHARED, write_yaml
 
-from mlrn_arch import create_model, networks
+from mlrn_arch import checkpoints, create_model, networks, sources
 from mlrn_arch.errors import UserError
 
 
@@ -59,7 +59,7 @@ def test_another_image_range_than_the_weights_is_told(tmp_path, test_options, ml
     assert code == 2
     assert "of a network with img_range: 255.0, and network_g has img_range: 1.0" in err
     with pytest.raises(UserError, match="img_range: 255.0, and network_g has img_range: 1.0"):
-        networks.load("MLRN:num_feat=50,num_block=4,upscale=4:mlrn://NTIRE_x4")
+        sources.load("MLRN:num_feat=50,num_block=4,upscale=4:mlrn://NTIRE_x4")
 
 
 def test_list_tells_every_network(mlrn_here):
@@ -77,7 +77,7 @@ def test_scores_are_those_of_mlrn_test(name, tmp_path, mlrn_here, monkeypatch, l
     scale = known["network_g"]["upscale"]
     (tmp_path / "datasets").symlink_to(SHARED / "data/benchmark")
     file = REPOSITORY / f"options/test_MLRN_x{scale}.yml"
-    forced = [f"path:pretrain_network_g={networks.PREFIX}{name}", "val:save_img=false"]
+    forced = [f"path:pretrain_network_g={checkpoints.PREFIX}{name}", "val:save_img=false"]
     forced += [f"network_g={json.dumps(known['network_g'])}", "datasets:test_2=none"]
     code, _, err = mlrn_here("test", "-opt", file, "--force_yml", *forced)
     assert code == 0, err

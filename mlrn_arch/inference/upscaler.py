@@ -13,7 +13,7 @@ import torch
 from basicsr.utils.color_util import rgb2ycbcr_pt
 from torch import Tensor, nn
 
-from mlrn_arch import networks
+from mlrn_arch import sources
 from mlrn_arch.archs.bicubic_arch import upsample_bicubic
 from mlrn_arch.archs.esa import ESA
 from mlrn_arch.archs.tile import OnTile
@@ -30,7 +30,7 @@ class Upscaler:
     """Super-resolve images of any size in memory.
 
     Args:
-        model: A network by one of the forms of `mlrn_arch.networks.FORMS`, such as `x4`; None, the
+        model: A network by one of the forms of `mlrn_arch.sources.FORMS`, such as `x4`; None, the
             shipped one of `scale`, or the MLRN of which `weights` are; or a network itself,
             (n, 3, h, w) or Y alone, (n, 1, h, w), in [0, 1] -> `scale` times that size.
         scale: Output size over input size (None: the model's, without one 4).
@@ -71,7 +71,7 @@ class Upscaler:
             if model is None and (scale or weights is None):
                 model = f"x{scale or 4}"
             source, checkpoint = (name and os.fspath(name) for name in (model, weights))
-            self.network, _ = networks.load(source, checkpoint)
+            self.network, _ = sources.load(source, checkpoint)
         self.channels, self.scale = _probe(self.network)
         if scale not in (None, self.scale):
             raise UserError(f"this network is an x{self.scale} one, not x{scale}")

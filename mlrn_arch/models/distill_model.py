@@ -11,7 +11,7 @@ import torch
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 
-from mlrn_arch import networks
+from mlrn_arch import sources
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.models.fast_sr_model import FastSRModel
@@ -81,9 +81,9 @@ def load_teacher(opt: dict[str, Any]) -> nn.Module:
     path, section = opt["path"], opt.get("network_t")
     checkpoint = path["pretrain_network_t"]
     if section is None:
-        return networks.load_teacher(checkpoint, opt["scale"])
+        return sources.load_teacher(checkpoint, opt["scale"])
     how = path.get("param_key_t"), path.get("strict_load_t", True)
-    return networks.load(networks.Source("network_t", section, checkpoint, None, None, *how))[0]
+    return sources.load(sources.Source("network_t", section, checkpoint, None, None, *how))[0]
 
 
 def _error(features: Tensor, taught: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 
 from mlrn_arch import checkpoints
-from mlrn_arch.archs.inherit import inherit
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.errors import UserError
+from mlrn_arch.inherit import inherit
 from mlrn_arch.machine import DTYPES
 from mlrn_arch.models.muon import Muon, inner_weights
 from mlrn_arch.models.resumable_model import ResumableModel

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlrn_arch import checkpoints, networks
-from mlrn_arch.archs.inherit import inherit
+from mlrn_arch import checkpoints, networks, sources
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.errors import UserError
 from mlrn_arch.inference import backends
+from mlrn_arch.inherit import inherit
 from mlrn_arch.machine import need
 from mlrn_arch.version import __version__
 
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   mlrn export options/baselines/test_RLFN_x4.yml:rlfn_x4.pth rlfn.onnx
   mlrn export NTIRE_x4 submission --ntire 12
 
-{networks.FORMS}"""
+{sources.FORMS}"""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"cannot write {args.output}: no such folder {args.output.parent}")
     need(f"writing {form}", *FORMS.get(form, []))
 
-    network, network_g = networks.load(args.network, args.weights)
+    network, network_g = sources.load(args.network, args.weights)
     if args.img_range is not None:
         if not isinstance(network, MLRN):
             raise UserError(f"--img-range is for MLRN, not for {type(network).__name__}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from mlrn_arch import networks
+from mlrn_arch import checkpoints, option_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the list or the file; `UserError` if there is no such file."""
     if args.name:
-        print(networks.option_file(networks.PREFIX + args.name).read_text(encoding="utf-8"), end="")
+        print(
+            option_files.option_file(checkpoints.PREFIX + args.name).read_text(encoding="utf-8"),
+            end="",
+        )
         return
-    for name, path in networks.option_files().items():
+    for name, path in option_files.option_files().items():
         comments = (line for line in path.read_text(encoding="utf-8").splitlines())
         print(f"{name:44} {next(line for line in comments if line[:1] == '#')[1:].strip()}")

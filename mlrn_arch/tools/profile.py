@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mlrn_arch import machine, networks
+from mlrn_arch import machine, networks, sources
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.inference import backends, counting
 from mlrn_arch.machine import DTYPES
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   mlrn profile MLRN RLFN:num_feat=48 EDSR:num_in_ch=3,num_out_ch=3 options/test_MLRN_x4.yml
   mlrn profile NTIRE_x4 --input-size 256x256 --no-runtime
 
-{networks.FORMS}
+{sources.FORMS}
 Of a checkpoint the form counts; without one the network is profiled untrained."""
 
 
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
                 subject.network, subject.shape, subject.upscale, DTYPES[args.precision or "fp32"]
             )
         except UserError as error:
-            told = networks.split(name)[0] in str(error) and ".y" in name
+            told = sources.split(name)[0] in str(error) and ".y" in name
             faults.append(str(error) if told else f"{name}: {error}")
         else:
             subjects.append(subject)
@@ -145,7 +145,7 @@ def _subject(name: str, args: argparse.Namespace) -> Subject:
     Raises:
         UserError: No such file or network, or arguments that it does not take.
     """
-    found = networks.find(name, upscale=args.upscale)
+    found = sources.find(name, upscale=args.upscale)
     network, values = networks.build(found.network_g)
     network.eval().requires_grad_(False)
     upscale = values.get("upscale", values.get("scale", found.scale or args.upscale))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mlrn_arch import networks
+from mlrn_arch import sources
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.inference import backends, image_files
 from mlrn_arch.inference.image_files import BadImage
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   mlrn upscale scan.tif --scale 2 -o scan_large.tif
   mlrn upscale photos --network options/baselines/test_RLFN_x4.yml:rlfn_x4.pth
 
-{networks.FORMS}
+{sources.FORMS}
 
 A folder stands for the images directly in it, with -r for those below as well. Outputs that are
 there already are kept, and count as done.

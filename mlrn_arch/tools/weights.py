@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from mlrn_arch import networks
+from mlrn_arch import checkpoints, networks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(known, indent=2))
         return
     for entry in known:
-        name = f"{networks.PREFIX}{entry['name'].removeprefix('MLRN_')}"
+        name = f"{checkpoints.PREFIX}{entry['name'].removeprefix('MLRN_')}"
         stages = len(entry["recipe"])
         print(f"{name:16} {entry['iterations']:,} iterations in {stages} stages on {entry['data']}")
         for dataset, score in entry["scores"].items():

@@ -24,7 +24,7 @@ from basicsr.utils import bgr2ycbcr, tensor2img
 from basicsr.utils.color_util import ycbcr2bgr
 from torch.utils.data import default_collate
 
-from mlrn_arch import machine, networks, options
+from mlrn_arch import machine, options, sources
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.options import Options
 from mlrn_arch.tools.compare import pictures, scoring, tables
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   mlrn compare x4 options/test_MLRN_x4.yml:net.pth EDSR:num_in_ch=3,num_out_ch=3:EDSR_x4.pth Bicubic
   mlrn compare --visual Set14/ppt3 --crop 60 400 96 64 x4 Bicubic
 
-{networks.FORMS}
+{sources.FORMS}
 
 {options.BY_NAME}"""
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _read(text: str, forced: list[str], problems: list[str]) -> Row | None:
     """Read a network's options as `mlrn test` does; a faulty data set is told and left out."""
-    network, forced = networks.split(text)[0], list(forced)
+    network, forced = sources.split(text)[0], list(forced)
     for attempt in range(2):
         try:
             opt, _, notes = options.read("test", [text, *(["--force_yml", *forced] * bool(forced))])

@@ -18,7 +18,7 @@ import cv2
 import lmdb
 import numpy as np
 
-from mlrn_arch import networks, plugins
+from mlrn_arch import option_files, plugins, sources
 from mlrn_arch.errors import UserError
 from mlrn_arch.inference.image_files import BadImage
 from mlrn_arch.inference.resize import imresize
@@ -126,7 +126,7 @@ def make(args: argparse.Namespace, images: dict[str, Path]) -> int:
     patch = 256 if s == 4 else 192  # of the option files
     force = [f"datasets:train:dataroot_gt={lmdbs[1]}", f"datasets:train:dataroot_lq={lmdbs[s]}"]
     force += [f"datasets:train:gt_size={args.crop_size}"] if args.crop_size < patch else []
-    file = networks.usual_file(f"train_MLRN_x{s}")
+    file = option_files.usual_file(f"train_MLRN_x{s}")
     print(f"to train on it:\n  mlrn train -opt {file} --force_yml {shlex.join(force)}")
     return code
 
@@ -185,7 +185,7 @@ def load_teacher(spec: str, scale: int, imports: tuple[str, ...]) -> Upscaler:
     """
     plugins.register(imports)  # in a worker, too
     # On the CPU, for the workers are many; one back end, for all images to be taught alike.
-    teacher = Upscaler(networks.load_teacher(spec, scale), device="cpu", backend="torch")
+    teacher = Upscaler(sources.load_teacher(spec, scale), device="cpu", backend="torch")
     if teacher.scale != scale:
         raise UserError(f"--teacher: {spec} enlarges by {teacher.scale}, not by --scale {scale}")
     return teacher

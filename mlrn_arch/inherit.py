@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .mlrn_arch import MLRN
+from mlrn_arch.archs.mlrn_arch import MLRN
 
 # Of the weights that read or make channels which a teacher does not have.
 NEW = 0.1
