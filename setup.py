@@ -22,7 +22,7 @@ setup(
     package_dir={"mlrn_arch.option_files": "options"},
     py_modules=["mlrn_cli"],
     package_data={
-        "mlrn_arch": ["weights/*.json", "weights/*.md", "weights/*.pth"],
+        "mlrn_arch": ["py.typed", "weights/*.json", "weights/*.md", "weights/*.pth"],
         "mlrn_arch.option_files": ["*.yml", "*/*.yml", "*/*.sh"],
         "mlrn_arch.tools": ["*.md", "compare/*.csv"],
     },
@@ -46,7 +46,7 @@ setup(
         **EXTRAS,
         "all": sorted({package for packages in EXTRAS.values() for package in packages}),
         "wandb": ["wandb"],  # not in "all": it is of use to those with an account there
-        "test": ["hypothesis", "pytest", "ruff", "mlrn_arch[all]"],
+        "test": ["hypothesis", "mypy", "pytest", "ruff", "mlrn_arch[all]"],
     },
     entry_points={"console_scripts": ["mlrn = mlrn_cli:main"]},
 )
