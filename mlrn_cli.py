@@ -20,7 +20,6 @@ VERBS = {
     "upscale": "upscale image files with the shipped weights or any network",
     "prepare": "turn a folder of photographs into training data or a benchmark set",
     "compare": "score networks on test sets: the paper's Table 1 and Figure 3",
-    "benchmark": "time training with stock BasicSR and with an option file's own model type",
     "profile": "compare networks: parameters, operations, activations, memory and runtime",
     "export": "write a network as ONNX, OpenVINO, safetensors, slim weights, or NTIRE submission",
     "options": "list the option files that come with the package, or print one",

@@ -1,10 +1,10 @@
-"""Train with SRModel, with FastSRModel and with its Muon from the same seeds; compare the scores.
+"""Compare the quality that SRModel, FastSRModel and FastSRModel with Muon reach.
 
-    mlrn demo && python tests/same_quality.py mlrn_demo
+    pip install -e ".[test]" && mlrn demo && python tests/same_quality.py mlrn_demo
 
-Takes the demo's data and option files, three seeds for each row, and prints the PSNR of the
-photographs that are not trained on. The two models see different random crops, as two seeds do, so
-with the same optimizer their means should differ by no more than seeds do.
+Trains each of them with three seeds on the demo's data and prints the PSNR of the demo's test
+photographs. The models draw different random crops, as different seeds do. With the same optimizer
+their means should therefore differ by no more than the seeds do.
 """
 
 from __future__ import annotations

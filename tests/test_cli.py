@@ -56,7 +56,7 @@ def test_help_imports_no_torch():
 
 @pytest.mark.slow
 def test_a_process_that_the_command_spawns_can_import_basicsr(tmp_path):
-    """As workers of a loader do on macOS, and in the two processes of `mlrn benchmark`."""
+    """As workers of a loader do on macOS."""
     script = tmp_path / "mlrn"  # as pip writes it
     script.write_text(
         "import multiprocessing\nimport mlrn_cli\nif __name__ == '__main__':\n"

@@ -1,8 +1,10 @@
 """Time training from one option file with stock BasicSR and with the file's own model type.
 
-Stock is SRModel on PairedImageDataset; everything else is as the file says. Both live in
-processes of their own and take turns, so that a busy machine slows both; the figures are medians
-over the rounds. Nothing is written.
+    python tests/benchmark.py -opt options/train_MLRN_x4.yml
+
+Stock means SRModel on PairedImageDataset; everything else is as in the file. The two sides run in
+processes of their own and take turns, so a busy machine slows both. The figures are medians over
+the rounds. Nothing is written.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mlrn_arch import machine, options
+from mlrn_arch import errors, machine, options, plugins
 from mlrn_arch.errors import UserError
 from mlrn_arch.train import replacements
 
@@ -32,26 +34,28 @@ STOCK = [
 ]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `mlrn benchmark` on `parser`."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = plugins.parser("benchmark.py", __doc__)
     add = parser.add_argument
     add("-opt", required=True, metavar="FILE", help="option file of a training run")
     add("--force_yml", **options.FORCE_YML, help="as for `mlrn train`")
     add(
         "--stock_yml",
         **options.FORCE_YML,
-        help="the same for stock alone, such as the LMDBs of PNGs that it is used to",
+        help="options for stock alone, such as LMDBs of PNGs",
     )
-    add("--rounds", type=int, default=5, help="turns that each one takes (default: %(default)s)")
-    add("--steps", type=int, default=10, help="training steps a turn (default: %(default)s)")
-    add("--loader", action="store_true", help="time the loaders alone, without training")
-    parser.epilog = """example, the batch that a small CPU can do:
-  mlrn benchmark -opt options/train_MLRN_x4.yml \\
+    add("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
+    add("--steps", type=int, default=10, help="training steps per turn (default: %(default)s)")
+    add("--loader", action="store_true", help="time the data loaders alone, without training")
+    parser.epilog = """example, a batch that suits a small CPU:
+  python tests/benchmark.py -opt options/train_MLRN_x4.yml \\
       --force_yml datasets:train:gt_size=192 datasets:train:batch_size_per_gpu=16"""
+    return parser.parse_args()
 
 
-def run(args: argparse.Namespace) -> int:
-    """Time both sides and print the table; returns 0.
+def run(args: argparse.Namespace) -> None:
+    """Time both sides and print the table.
 
     Raises:
         UserError: The option file has faults, or one of the two processes ended.
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     sides: dict[str, Connection] = {}
     for name, forced in (("stock", [*STOCK, *args.stock_yml]), ("this file", [])):
         sides[name], other = context.Pipe()
-        arguments = ["-opt", args.opt]
+        arguments = ["-opt", args.opt, *(f"--import={source}" for source in args.imports)]
         if entries := [*args.force_yml, *forced]:  # argparse refuses the flag without
             arguments += ["--force_yml", *entries]
         # No daemon: it has loader workers. It ends when this process closes the pipe, or is gone.
@@ -89,7 +93,6 @@ def run(args: argparse.Namespace) -> int:
     ratios = [fast["samples/s"] / stock["samples/s"] for fast, stock in pairs]
     print(f"this file / stock: {statistics.median(ratios):.2f}", end=" ")
     print(f"(single rounds {min(ratios):.2f} to {max(ratios):.2f})")
-    return 0
 
 
 def _receive(side: Connection) -> dict[str, Any]:
@@ -174,3 +177,7 @@ def _side(connection: Connection, arguments: list[str], loader_only: bool) -> No
         if loader_only:  # the workers fill their queues first: the other side's turn is its own
             time.sleep(seconds / steps * loader.num_workers * (loader.prefetch_factor or 0))
         connection.send(result)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run("benchmark.py", lambda: run(parse_args())))
