@@ -21,7 +21,7 @@ from PIL import Image
 
 import mlrn_arch
 import mlrn_cli
-from mlrn_arch import networks, plugins, sources
+from mlrn_arch import networks, options, plugins, sources
 from mlrn_arch.errors import UserError
 
 OWN = """
@@ -88,13 +88,17 @@ def test_option_files_by_name(mlrn_here, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", ["README.md", "options/README.md", "mlrn_arch/tools/README.md"])
 def test_commands_of_the_pages_are_understood(page):
     text = (REPOSITORY / page).read_text().replace("\\\n", " ")
-    commands = re.findall(r"^(?:\$ )?mlrn (?!train|test)(\w+) ?(.*)$", text, re.M)
+    commands = re.findall(r"^(?:\$ )?mlrn (\w+)\b(?!:)(.*)$", text, re.M)
     assert len(commands) > 1
     for verb, arguments in commands:
+        words = shlex.split(arguments.split(" > ")[0], comments=True)
+        if verb in ("train", "test"):
+            options.parse_args(verb, words)
+            continue
         module = importlib.import_module(f"mlrn_arch.tools.{verb}")
         parser = plugins.parser(f"mlrn {verb}", None)
         module.add_arguments(parser)
-        parser.parse_args(shlex.split(arguments.split(" > ")[0], comments=True))
+        parser.parse_args(words)
 
 
 def test_a_network_from_a_file_takes_part_everywhere(tmp_path, mlrn_here, monkeypatch):
