@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import lmdb
 import torch
 from basicsr.data.data_util import (
     paired_paths_from_folder,
@@ -337,6 +338,26 @@ def _pair_fault(pair: dict[str, str], scale: int) -> str | None:
     return f"{pair['lq_path']} is {low} and its gt {high}: that is not x{scale}"
 
 
+def lmdb_fault(folder: Path) -> str | None:
+    """What is wrong with the file of an LMDB, or None; reading a truncated one kills a process."""
+    file = folder / "data.mdb"
+    try:
+        with lmdb.open(str(folder), readonly=True, lock=False) as environment:
+            stat = environment.stat()
+    except lmdb.Error as error:
+        if "already open" in str(error):  # by this process, so it can be read
+            return None
+        return f"{file} is broken; copy it again, or prepare it again with --overwrite"
+    pages = 2 + sum(stat[kind] for kind in ("branch_pages", "leaf_pages", "overflow_pages"))
+    needed, size = pages * stat["psize"], file.stat().st_size
+    if size < needed:
+        return (
+            f"{file} is truncated: {size:,} of {needed:,} bytes; "
+            "copy it again, or prepare it again with --overwrite"
+        )
+    return None
+
+
 def _root_fault(root: str, backend: str) -> str | None:
     """What is wrong with a data root, or None."""
     path = Path(root)
@@ -356,6 +377,8 @@ def _root_fault(root: str, backend: str) -> str | None:
         return f"{root} must have a name that ends in .lmdb for BasicSR"
     if backend == "lmdb" and not (path / "meta_info.txt").exists():
         return f"{root} has no meta_info.txt; prepare it again, it was not finished"
+    if backend == "lmdb" and (fault := lmdb_fault(path)):
+        return fault
     if backend == "disk" and not any(path.iterdir()):
         return f"{root} is empty"
     return None

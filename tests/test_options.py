@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import cv2
@@ -105,8 +107,6 @@ def test_refusals_of_fast_options(tmp_path, fast_options):
 
 def test_what_the_headers_of_test_images_tell(tmp_path, test_options, paired_data):
     """Nothing is started; stock ends in a traceback, in the middle."""
-    import shutil
-
     dataset = test_options["datasets"]["test_1"]
     for name in ("gt", "lq"):
         shutil.copytree(paired_data / name, tmp_path / name)
@@ -201,8 +201,6 @@ def test_all_faults_are_listed_at_once(tmp_path, train_options):
 
 
 def test_lmdb_without_meta_info_and_with_other_keys(tmp_path, train_options, paired_data):
-    import shutil
-
     for name in ("gt", "lq"):
         shutil.copytree(paired_data / f"{name}.lmdb", tmp_path / f"{name}.lmdb")
         train_options["datasets"]["train"][f"dataroot_{name}"] = str(tmp_path / f"{name}.lmdb")
@@ -216,9 +214,17 @@ def test_lmdb_without_meta_info_and_with_other_keys(tmp_path, train_options, pai
         read(tmp_path, train_options)
 
 
-def test_folder_pair_without_partner(tmp_path, train_options, paired_data):
-    import shutil
+@pytest.mark.parametrize("size, said", [(0.5, "is truncated: "), (0, "is broken; copy it again")])
+def test_a_damaged_lmdb(tmp_path, train_options, paired_data, size, said):
+    shutil.copytree(paired_data / "gt.lmdb", tmp_path / "gt.lmdb")
+    train_options["datasets"]["train"]["dataroot_gt"] = str(tmp_path / "gt.lmdb")
+    file = tmp_path / "gt.lmdb/data.mdb"
+    os.truncate(file, int(file.stat().st_size * size))
+    with pytest.raises(UserError, match=said):
+        read(tmp_path, train_options)
 
+
+def test_folder_pair_without_partner(tmp_path, train_options, paired_data):
     shutil.copytree(paired_data / "lq", tmp_path / "lq")
     (tmp_path / "lq/image0.png").rename(tmp_path / "lq/other.png")
     train_options["datasets"]["val"]["dataroot_lq"] = str(tmp_path / "lq")
