@@ -5,7 +5,7 @@ from mlrn_arch import compat  # first: without it `import basicsr` fails
 # isort: split
 from mlrn_arch import archs, models
 from mlrn_arch.networks import create_model
-from mlrn_arch.networks import names as list_models
+from mlrn_arch.shipped import names as list_models
 from mlrn_arch.version import __version__
 
 __all__ = ["Upscaler", "__version__", "archs", "compat", "create_model", "list_models", "models"]

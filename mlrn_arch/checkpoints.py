@@ -7,18 +7,16 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.machine import need
+from mlrn_arch.shipped import FOLDER, PREFIX
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 StateDict = dict[str, torch.Tensor]
-FOLDER = Path(__file__).parent / "weights"
-PREFIX = "mlrn://"  # may stand before a shipped network's name, and must in an option file
 
 
 def resolve(path: str) -> str:

@@ -30,12 +30,12 @@ from PIL import Image
 
 from mlrn_arch import checkpoints, networks
 from mlrn_arch.compat import newest_states
-from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.errors import UserError, first_line, unknown
 from mlrn_arch.machine import missing
 from mlrn_arch.models.distill_model import load_teacher, misfit
 from mlrn_arch.models.fast_sr_model import FastSRModel, inherit_weights
 from mlrn_arch.models.muon import Muon
-from mlrn_arch.networks import Options, check_call, registered, unknown
+from mlrn_arch.networks import Options, check_call, registered
 
 REQUIRED = ("name", "model_type", "num_gpu", "datasets", "network_g")
 REQUIRED_TRAIN = (
@@ -148,11 +148,9 @@ def _check_logger(logger: Options, debug: bool) -> Iterator[str]:
 
 
 def _input_channels(network_g: Options) -> int | None:
-    """How many channels a network takes, as far as its first convolution tells."""
     with contextlib.suppress(UserError):  # told of the network itself
         network, values = networks.build(network_g)
-        convolutions = (m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
-        return values.get("num_in_ch", getattr(next(convolutions, None), "in_channels", None))
+        return networks.input_channels(network, values)
     return None
 
 

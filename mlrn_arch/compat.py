@@ -57,7 +57,7 @@ from basicsr.utils import (  # noqa: E402
 from basicsr.utils.registry import Registry  # noqa: E402
 
 from mlrn_arch import checkpoints  # noqa: E402
-from mlrn_arch.errors import UserError  # noqa: E402
+from mlrn_arch.errors import UserError, first_line  # noqa: E402
 
 # HAT and other plugins of BasicSR 1.3 take these from where they were until 1.4.
 for _name in ("bgr2ycbcr", "rgb2ycbcr", "ycbcr2bgr", "ycbcr2rgb"):
@@ -169,7 +169,7 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
             if not {"iter", "epoch", "optimizers", "schedulers"} <= state.keys():
                 raise ValueError("it is no training state")
         except Exception as error:  # a torn file can fail in as many ways as there are bytes
-            print(f"Passing over {path}: {_first_line(error)}", flush=True)
+            print(f"Passing over {path}: {first_line(error)}", flush=True)
             continue
         opt["path"]["resume_state"] = path
         check_resume(opt, state["iter"])
@@ -191,10 +191,6 @@ _DEATHS = {
     "Broken pipe": "another process of this run died",
     "NCCL": "another process of this run died, or its GPU failed",
 }
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 class _MessageLogger(MessageLogger):
@@ -253,7 +249,7 @@ def run_pipeline(
             if isinstance(error, RuntimeError) and symptom in str(error):
                 raise UserError(
                     f"{reason}; the same command with --auto_resume goes on from the last "
-                    f"save ({_first_line(error)})"
+                    f"save ({first_line(error)})"
                 ) from None
         raise
     if opt["dist"]:

@@ -1,12 +1,11 @@
-"""The one exception for a user's mistake, and how an entry point ends on it."""
+"""The one exception for a user's mistake, its texts, and how an entry point ends on it."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
-from collections.abc import Callable
-
-import torch
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -16,6 +15,17 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; the name of its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def unknown(name: object, known: Iterable[object]) -> str:
+    """`unknown X; did you mean Y?`, or the whole list when nothing is near."""
+    folded = {str(k).lower(): str(k) for k in known}
+    wanted = str(name).lower()
+    near = difflib.get_close_matches(wanted, folded) or [k for k in folded if wanted in k]
+    hint = f"known are {', '.join(sorted(folded.values()))}"
+    if near:
+        hint = f"did you mean {' or '.join(folded[k] for k in near)}?"
+    return f"unknown {name!r}; {hint}"
 
 
 def run(name: str, main: Callable[[], int | None]) -> int:
@@ -31,7 +41,8 @@ def run(name: str, main: Callable[[], int | None]) -> int:
         # Each of several processes finds the same fault in an option file, and one tells it. Once
         # they have joined, what goes wrong is a process's own.
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        if rank == "0" or torch.distributed.is_initialized():
+        torch = sys.modules.get("torch")
+        if rank == "0" or (torch and torch.distributed.is_initialized()):
             print(f"{name}{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `mlrn ... | head`; Python would complain once more on its way out

@@ -5,9 +5,7 @@ A shipped network is `weights/NAME.pth`, its EMA weights, with `NAME.json`, its 
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,42 +13,11 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY, Registry
 
 from mlrn_arch import archs, checkpoints  # noqa: F401 (archs registers the networks)
-from mlrn_arch.checkpoints import FOLDER, PREFIX
-from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.archs.tile import OnTile
+from mlrn_arch.errors import UserError, first_line, unknown
+from mlrn_arch.shipped import info
 
 Options = dict[str, Any]
-
-
-# --- shipped networks ---------------------------------------------------------------------------
-
-
-def names() -> list[str]:
-    """The networks that have a name of their own: `MLRN_x2`, ..., the challenge's one last."""
-    return sorted((file.stem for file in FOLDER.glob("*.json")), key=lambda n: ("NTIRE" in n, n))
-
-
-def info(name: str) -> Options:
-    """What is known of a shipped network and its checkpoint.
-
-    Args:
-        name: One of `names()`; `mlrn://` and `MLRN_` in front may be there or not.
-
-    Returns:
-        `name`; `network_g`, its section of an option file; `recipe`, the stages of its training,
-        and `iterations`, of all of them; `inherited`, whose weights it began with, if any; `data`
-        and `licence`;
-        `scores`, `{set: {PSNR [dB], SSIM}}` on Y by `mlrn test`, and `paper`, the same as the
-        paper prints it; `file`, the checkpoint.
-
-    Raises:
-        ValueError: No such network.
-    """
-    name = name.removeprefix(PREFIX)
-    full = f"MLRN_{name.removeprefix('MLRN_')}"
-    if full not in names():
-        raise ValueError(f"no network is named {name!r}; there are {', '.join(names())}")
-    known = json.loads((FOLDER / f"{full}.json").read_text(encoding="utf-8"))
-    return {"name": full, **known, "file": str(FOLDER / f"{full}.pth")}
 
 
 def create_model(name: str, pretrained: bool = False, **arguments: Any) -> torch.nn.Module:
@@ -104,20 +71,27 @@ def make(where: str, registry: Registry, opt: Options) -> torch.nn.Module:
         raise UserError(f"{where}: {kind} refuses these arguments: {first_line(error)}") from None
 
 
+def input_channels(network: torch.nn.Module, arguments: Options | None = None) -> int | None:
+    """Channels of the images that a network takes; None if nothing in it says.
+
+    Args:
+        network: As `build` returns it.
+        arguments: Those of the network, if they are known. Its first convolution may see more
+            channels, behind a pixel-unshuffle.
+    """
+    for key in ("num_in_ch", "in_chans", "in_channels", "input_channels"):
+        if key in (arguments or {}):
+            return arguments[key]
+    if isinstance(network, OnTile):
+        return network.channels
+    convolutions = (m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
+    return next((m.in_channels for m in convolutions), None)
+
+
 def registered(kind: Any, registry: Registry) -> Any:
     """The name under which BasicSR finds `kind`: its own for what Real-ESRGAN registers too."""
     own = f"{kind}_basicsr"
     return own if own in registry and kind not in registry else kind
-
-
-def unknown(name: Any, known: Any) -> str:
-    """`unknown X; did you mean Y?`, or the whole list when nothing is near."""
-    folded = {str(k).lower(): k for k in known}
-    wanted = str(name).lower()
-    near = difflib.get_close_matches(wanted, folded) or [k for k in folded if wanted in k]
-    near = [folded[k] for k in near]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
-    return f"unknown {name!r}; {hint}"
 
 
 def check_call(

@@ -1,48 +1,15 @@
-"""Option files: finding them, and reading YAML without running code."""
+"""Reading option files: YAML, without running code."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import yaml
 
 from mlrn_arch import plugins
-from mlrn_arch.checkpoints import FOLDER, PREFIX
 from mlrn_arch.errors import UserError
-from mlrn_arch.networks import Options, unknown
-
-
-def option_files() -> dict[str, Path]:
-    """The option files that come with the package, by name."""
-    inside = FOLDER.parent / "option_files"  # of a wheel; a clone has them beside the package
-    folder = inside if inside.is_dir() else FOLDER.parents[1] / "options"
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*.yml"), key=lambda path: (len(path.parts), path))
-    }
-
-
-def option_file(path: str) -> Path:
-    """The option file that is meant: `mlrn://NAME` is one that comes with the package.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    if not path.startswith(PREFIX):
-        return Path(path)
-    name, known = path.removeprefix(PREFIX).removesuffix(".yml"), option_files()
-    if name not in known:
-        raise UserError(
-            f"no option file of that name comes with the package: {unknown(name, known)}"
-        )
-    return known[name]
-
-
-def usual_file(name: str) -> str:
-    """The option file of that name in options/ of the current directory, or the package's."""
-    file = f"options/{name}.yml"
-    return file if Path(file).is_file() else PREFIX + name
+from mlrn_arch.networks import Options
+from mlrn_arch.shipped import option_file
 
 
 def load_yaml(path: str) -> Options:

@@ -22,7 +22,7 @@ from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info, init_dist
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from mlrn_arch import checkpoints, checks, keys, machine, networks, option_files, plugins, sources
+from mlrn_arch import checkpoints, checks, keys, machine, networks, plugins, shipped, sources
 from mlrn_arch.errors import UserError
 from mlrn_arch.machine import DTYPES
 from mlrn_arch.models.fast_sr_model import FastSRModel
@@ -123,7 +123,7 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
     if not is_train and args.network:
         args.opt, forced = _test_of(args.network)
         args.force_yml = [*forced, *args.force_yml]
-    args.opt = str(option_files.option_file(args.opt))
+    args.opt = str(shipped.option_file(args.opt))
     opt = load_yaml(args.opt)
     required = checks.REQUIRED + checks.REQUIRED_TRAIN * is_train
     faults = _force(opt, args.force_yml) or [
@@ -160,8 +160,8 @@ def _test_of(text: str) -> tuple[str, list[str]]:
         raise UserError(f"names no checkpoint; write {text}:CHECKPOINT")
     if found.file:
         return found.file, forced
-    file = option_files.usual_file(f"test_MLRN_x{found.scale}")
-    name = os.path.splitext(os.path.basename(found.name.removeprefix(checkpoints.PREFIX)))[0]
+    file = shipped.usual_file(f"test_MLRN_x{found.scale}")
+    name = os.path.splitext(os.path.basename(found.name.removeprefix(shipped.PREFIX)))[0]
     name = f"{name.partition(':')[0].removesuffix(f'x{found.scale}').rstrip('_') or 'MLRN'}"
     own = [f"name=test_{name}_x{found.scale}", "path:pretrain_network_g=none"]
     own += [f"network_g={yaml.safe_dump(found.network_g, default_flow_style=True)}"]

@@ -12,11 +12,11 @@ import yaml
 from basicsr.utils.registry import ARCH_REGISTRY
 
 from mlrn_arch import checkpoints
-from mlrn_arch.checkpoints import PREFIX
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.machine import need
-from mlrn_arch.networks import Options, build, check_call, info, names, registered
+from mlrn_arch.networks import Options, build, check_call, registered
 from mlrn_arch.option_files import is_number, load_yaml
+from mlrn_arch.shipped import PREFIX, info, names
 
 FORMS = """NETWORK is one of
   x4, MLRN_x4, mlrn://x4, NTIRE_x4   a shipped network (`mlrn weights` lists them)

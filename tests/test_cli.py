@@ -23,6 +23,7 @@ import mlrn_arch
 import mlrn_cli
 from mlrn_arch import networks, options, plugins, sources
 from mlrn_arch.errors import UserError
+from mlrn_arch.files import atomic_write
 
 OWN = """
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -260,6 +261,25 @@ def test_scripts_run_as_hats_do(tmp_path):
         text=True,
     )
     assert done.returncode == 2 and "there is no option file gone.yml here" in done.stderr
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "net.pth"
+    file.write_text("before")
+    with pytest.raises(KeyboardInterrupt), atomic_write(file) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError), atomic_write(tmp_path / "folder") as part:
+        part.mkdir()
+        (part / "half").write_text("half")
+        raise ValueError
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
+    assert file.read_text() == "before"
+    with atomic_write(file) as part:
+        assert part.suffix == ".pth" and part.name.startswith(".")
+        part.write_text("after")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
+    assert file.read_text() == "after"
 
 
 def test_names_of_the_shipped_networks():

@@ -10,6 +10,8 @@ PACKAGE = Path(mlrn_arch.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "files",
+    "shipped",
     "machine",
     "checkpoints",
     "compat",

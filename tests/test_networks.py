@@ -10,7 +10,7 @@ import torch
 from basicsr.models.base_model import BaseModel
 from conftest import write_yaml
 
-from mlrn_arch import Upscaler, networks, option_files, options, sources
+from mlrn_arch import Upscaler, networks, option_files, options, shipped, sources
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
@@ -101,7 +101,7 @@ def test_every_form_of_a_network_is_taken_by_every_verb(network, tmp_path, mlrn_
 def test_shipped_names(text):
     network, network_g = sources.load(text)
     wanted = "MLRN_NTIRE_x4" if "NTIRE" in text else "MLRN_x4"
-    assert network_g == networks.info(wanted)["network_g"]
+    assert network_g == shipped.info(wanted)["network_g"]
     assert same(network, networks.create_model(wanted, pretrained=True))
 
 
@@ -109,10 +109,10 @@ def test_test_takes_a_shipped_network(network, tmp_path, test_options):
     write_yaml(tmp_path / "options/test_MLRN_x2.yml", test_options)
     opt, args, _ = options.read("test", ["x2", "--force_yml", "val:save_img=true"])
     assert opt["name"] == "test_MLRN_x2" and opt["network_g"] == {"type": "MLRN", "upscale": 2}
-    assert opt["path"]["pretrain_network_g"] == networks.info("x2")["file"]
+    assert opt["path"]["pretrain_network_g"] == shipped.info("x2")["file"]
     assert opt["val"]["save_img"] and args.opt == "options/test_MLRN_x2.yml"
     for text, told in {
-        "x3": re.escape(str(option_files.option_files()["test_MLRN_x3"]))
+        "x3": re.escape(str(shipped.option_files()["test_MLRN_x3"]))
         + r" has [\s\S]* no such folder",
         NAMED: f"names no checkpoint; write {NAMED}:CHECKPOINT",
         "RLFN:upscale=2:net.pth": "net.pth is not a checkpoint of this RLFN",

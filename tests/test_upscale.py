@@ -16,7 +16,7 @@ from basicsr.archs import build_network
 from conftest import write_yaml
 from PIL import Image, ImageCms, ImageOps
 
-from mlrn_arch import Upscaler, networks, sources
+from mlrn_arch import Upscaler, shipped, sources
 from mlrn_arch.errors import UserError
 from mlrn_arch.inference import backends, image_files, tiles
 from mlrn_arch.machine import free_memory
@@ -261,7 +261,7 @@ def test_tiles_of_a_network_with_esa(kind, self_ensemble, backend):
     assert difference.mean() < 0.01 and difference.max() < 1
 
 
-@pytest.mark.parametrize("name", networks.names())
+@pytest.mark.parametrize("name", shipped.names())
 def test_tiles_of_the_shipped_networks(name):
     """The figure of README: eight bits of a photograph in tiles and as a whole."""
     image = cv2.cvtColor(skimage.data.coffee()[100:250, 100:360], cv2.COLOR_RGB2BGR)

@@ -7,21 +7,21 @@ import pytest
 import torch
 from conftest import REPOSITORY, SHARED, write_yaml
 
-from mlrn_arch import checkpoints, create_model, networks, sources
+from mlrn_arch import create_model, shipped, sources
 from mlrn_arch.errors import UserError
 
 
 def test_names_are_the_papers_networks():
     # Parameters as Table 1 and Table 3 print them.
     counts = {"MLRN_x2": 488, "MLRN_x3": 496, "MLRN_x4": 507, "MLRN_NTIRE_x4": 275}
-    assert set(networks.names()) == set(counts)
+    assert set(shipped.names()) == set(counts)
     for name, thousands in counts.items():
         network = create_model(name)
         assert round(sum(p.numel() for p in network.parameters()) / 1e3) == thousands
         assert not network.training
 
 
-@pytest.mark.parametrize("name", networks.names())
+@pytest.mark.parametrize("name", shipped.names())
 def test_loads_by_name(name):
     network = create_model(name, pretrained=True)
     size = 24
@@ -32,7 +32,7 @@ def test_loads_by_name(name):
         smooth, scale_factor=network.upscale, mode="bilinear", align_corners=False
     )
     assert (output - wanted).abs().mean() < 0.02  # a trained network keeps a ramp a ramp
-    known = networks.info(name)
+    known = shipped.info(name)
     assert known["iterations"] == sum(stage["iterations"] for stage in known["recipe"])
     assert known["recipe"][-1]["scale"] == network.upscale
     assert known["data"] and known["licence"]
@@ -64,20 +64,20 @@ def test_another_image_range_than_the_weights_is_told(tmp_path, test_options, ml
 
 def test_list_tells_every_network(mlrn_here):
     listed = json.loads(mlrn_here("weights", "--json")[1])
-    assert [entry["name"] for entry in listed] == networks.names()
+    assert [entry["name"] for entry in listed] == shipped.names()
     plain = mlrn_here("weights")[1]
-    assert all(name.replace("MLRN_", "mlrn://", 1) in plain for name in networks.names())
+    assert all(name.replace("MLRN_", "mlrn://", 1) in plain for name in shipped.names())
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs Set5 and Set14 in ../shared")
-@pytest.mark.parametrize("name", networks.names())
+@pytest.mark.parametrize("name", shipped.names())
 def test_scores_are_those_of_mlrn_test(name, tmp_path, mlrn_here, monkeypatch, log):
     monkeypatch.chdir(tmp_path)
-    known = networks.info(name)
+    known = shipped.info(name)
     scale = known["network_g"]["upscale"]
     (tmp_path / "datasets").symlink_to(SHARED / "data/benchmark")
     file = REPOSITORY / f"options/test_MLRN_x{scale}.yml"
-    forced = [f"path:pretrain_network_g={checkpoints.PREFIX}{name}", "val:save_img=false"]
+    forced = [f"path:pretrain_network_g={shipped.PREFIX}{name}", "val:save_img=false"]
     forced += [f"network_g={json.dumps(known['network_g'])}", "datasets:test_2=none"]
     code, _, err = mlrn_here("test", "-opt", file, "--force_yml", *forced)
     assert code == 0, err

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mlrn_arch.archs.esa import ESA
-from mlrn_arch.archs.tile import OnTile
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.machine import DTYPES, choose_device, computes_in_bf16, missing, need
+from mlrn_arch.networks import input_channels
 
 if TYPE_CHECKING:
     import onnx
@@ -53,14 +53,6 @@ def import_openvino() -> ModuleType:
     with _UNREPORTED:
         import openvino
     return openvino
-
-
-def channels(network: nn.Module) -> int:
-    """How many channels a network takes: those of its first convolution, 3 without one."""
-    if isinstance(network, OnTile):
-        return network.channels
-    convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
-    return next((m.in_channels for m in convolutions), 3)
 
 
 def device_of(backend: str | None, device: str | torch.device | None) -> torch.device:
@@ -186,8 +178,8 @@ def _openvino(network: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
         # Traced, not exported: a third of the time. `check` finds a size that the trace fixed.
         model = openvino.convert_model(
             network,
-            example_input=torch.zeros(1, channels(network), MIN_SIZE, 2 * MIN_SIZE),
-            input=[-1, channels(network), -1, -1],
+            example_input=torch.zeros(1, (input_channels(network) or 3), MIN_SIZE, 2 * MIN_SIZE),
+            input=[-1, (input_channels(network) or 3), -1, -1],
         )
 
     check("OpenVINO", run_openvino(model, "f32"), network)
@@ -229,7 +221,7 @@ def check(
     generator = torch.Generator().manual_seed(0)
     exact, differences = not isinstance(network, Uint8), []
     for batch, height, width in shapes:
-        x = torch.rand(batch, channels(network), height, width, generator=generator)
+        x = torch.rand(batch, (input_channels(network) or 3), height, width, generator=generator)
         if not exact:
             x = (x.permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
         try:
@@ -290,7 +282,7 @@ def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
     for module in network.modules():
         if isinstance(module, ESA):
             module.always_pad = True
-    x = torch.zeros(2, channels(network), 40, 48)
+    x = torch.zeros(2, (input_channels(network) or 3), 40, 48)
     # At least 21: up to 20 ESA's pooled map is one pixel wide, which torch.export specialises on.
     sizes = {0: torch.export.Dim("batch")}
     sizes[2], sizes[3] = (torch.export.Dim(side, min=21) for side in ("height", "width"))

@@ -11,7 +11,7 @@ import torch
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from mlrn_arch import checkpoints
+from mlrn_arch import checkpoints, networks
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.errors import UserError
 from mlrn_arch.inherit import inherit
@@ -85,9 +85,8 @@ class FastSRModel(ResumableModel):
         """Build BasicSR's Adam, as one fused kernel, or `Muon`."""
         if optim_type != "Muon":
             return super().get_optimizer(optim_type, params, lr, fused=True, **kwargs)
-        y = self.opt["datasets"]["train"].get("color") == "y"
-        channels = self.opt["network_g"].get("num_in_ch", 1 if y else 3)
         net = self.get_bare_model(self.net_g)
+        channels = networks.input_channels(net, self.opt["network_g"]) or 3
         inner = inner_weights(net, torch.zeros(1, channels, 64, 64, device=self.device))
         ids = {id(param) for param in inner}
         others = [n for n, p in net.named_parameters() if p.ndim > 1 and id(p) not in ids]

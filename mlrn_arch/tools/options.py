@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from mlrn_arch import checkpoints, option_files
+from mlrn_arch import shipped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,11 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the list or the file; `UserError` if there is no such file."""
     if args.name:
-        print(
-            option_files.option_file(checkpoints.PREFIX + args.name).read_text(encoding="utf-8"),
-            end="",
-        )
+        print(shipped.option_file(shipped.PREFIX + args.name).read_text(encoding="utf-8"), end="")
         return
-    for name, path in option_files.option_files().items():
-        comments = (line for line in path.read_text(encoding="utf-8").splitlines())
-        print(f"{name:44} {next(line for line in comments if line[:1] == '#')[1:].strip()}")
+    for name, path in shipped.option_files().items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comments = (line[1:].strip() for line in lines if line.startswith("#"))
+        title = next(text for text in comments if not text.startswith("yaml-language-server"))
+        print(f"{name:44} {title}")

@@ -151,8 +151,7 @@ def _subject(name: str, args: argparse.Namespace) -> Subject:
     upscale = values.get("upscale", values.get("scale", found.scale or args.upscale))
     if not isinstance(upscale, (int, float)) or upscale <= 0:
         raise UserError(f"scale must be a positive number, not {upscale!r}")
-    names = ("num_in_ch", "in_chans", "in_channels", "input_channels")
-    channels = next((values[key] for key in names if key in values), 3)
+    channels = networks.input_channels(network, values) or 3
     if args.input_size:
         width, height = args.input_size
     else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from mlrn_arch import checkpoints, networks
+from mlrn_arch import shipped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the list."""
-    known = [networks.info(name) for name in networks.names()]
+    known = [shipped.info(name) for name in shipped.names()]
     if args.json:
         print(json.dumps(known, indent=2))
         return
     for entry in known:
-        name = f"{checkpoints.PREFIX}{entry['name'].removeprefix('MLRN_')}"
+        name = f"{shipped.PREFIX}{entry['name'].removeprefix('MLRN_')}"
         stages = len(entry["recipe"])
         print(f"{name:16} {entry['iterations']:,} iterations in {stages} stages on {entry['data']}")
         for dataset, score in entry["scores"].items():

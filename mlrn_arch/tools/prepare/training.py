@@ -18,7 +18,7 @@ import cv2
 import lmdb
 import numpy as np
 
-from mlrn_arch import option_files, plugins, sources
+from mlrn_arch import plugins, shipped, sources
 from mlrn_arch.errors import UserError
 from mlrn_arch.inference.image_files import BadImage
 from mlrn_arch.inference.resize import imresize
@@ -126,7 +126,7 @@ def make(args: argparse.Namespace, images: dict[str, Path]) -> int:
     patch = 256 if s == 4 else 192  # of the option files
     force = [f"datasets:train:dataroot_gt={lmdbs[1]}", f"datasets:train:dataroot_lq={lmdbs[s]}"]
     force += [f"datasets:train:gt_size={args.crop_size}"] if args.crop_size < patch else []
-    file = option_files.usual_file(f"train_MLRN_x{s}")
+    file = shipped.usual_file(f"train_MLRN_x{s}")
     print(f"to train on it:\n  mlrn train -opt {file} --force_yml {shlex.join(force)}")
     return code
 
