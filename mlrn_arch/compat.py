@@ -7,7 +7,6 @@ BasicSR needs; `run_pipeline` adds those that belong to one run of its train or 
 from __future__ import annotations
 
 import argparse
-import glob
 import importlib
 import importlib.machinery
 import importlib.util
@@ -51,7 +50,6 @@ from basicsr.utils import (  # noqa: E402
     check_resume,
     color_util,
     get_root_logger,
-    get_time_str,
     matlab_functions,
 )
 from basicsr.utils.registry import Registry  # noqa: E402
@@ -134,21 +132,6 @@ def newest_states(folder: str) -> list[str]:
     return [os.path.join(folder, f"{iteration}.state") for iteration in iterations]
 
 
-def _bring_back(folder: str, rank: int) -> None:
-    """Put an archived experiment in the place of one that was begun and holds nothing yet."""
-    models, states = (os.path.join(folder, name) for name in ("models", "training_states"))
-    archived = sorted(glob.glob(f"{glob.escape(folder)}_archived_*"), reverse=True)
-    found = next((a for a in archived if newest_states(f"{a}/training_states")), None)
-    begun = os.path.isdir(folder) and not newest_states(states)
-    if found and begun and not glob.glob(f"{glob.escape(models)}/*.pth"):
-        if rank == 0:
-            print(f"{folder} holds no training state; going on with {found}", flush=True)
-            os.rename(folder, f"{folder}_archived_{get_time_str()}")
-            os.rename(found, folder)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
 def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     """Find and load the state to resume from, or None to start anew.
 
@@ -156,8 +139,6 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     device, and takes the newest file even if a kill in the middle of its writing tore it.
     """
     wanted = opt["path"].get("resume_state")
-    if opt["auto_resume"] and not wanted:
-        _bring_back(opt["path"]["experiments_root"], opt["rank"])
     candidates = newest_states(opt["path"]["training_states"]) if opt["auto_resume"] else []
     for path in candidates or ([wanted] if wanted else []):
         network = os.path.join(
@@ -181,16 +162,6 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
             "move the experiment away to start anew"
         )
     return None
-
-
-# How torch tells that something outside this process ended it.
-_DEATHS = {
-    "DataLoader worker": "a worker that loads data died, perhaps for want of memory",
-    "onnection closed by peer": "another process of this run died",
-    "onnection reset by peer": "another process of this run died",
-    "Broken pipe": "another process of this run died",
-    "NCCL": "another process of this run died, or its GPU failed",
-}
 
 
 class _MessageLogger(MessageLogger):
@@ -223,7 +194,7 @@ def run_pipeline(
         replaced: Names of the pipeline's module and what takes their place.
 
     Raises:
-        UserError: A training image cannot be read, or another process of the run died.
+        UserError: A training image cannot be read.
     """
     pipeline = importlib.import_module(f"basicsr.{phase}")
     for name, replacement in replaced.items():
@@ -245,12 +216,6 @@ def run_pipeline(
         traceback.clear_frames(error.__traceback__)
         if isinstance(error, UserError):  # out of a worker it comes wrapped in a traceback
             raise UserError(str(error).rpartition("UserError: ")[2]) from None
-        for symptom, reason in _DEATHS.items():
-            if isinstance(error, RuntimeError) and symptom in str(error):
-                raise UserError(
-                    f"{reason}; the same command with --auto_resume goes on from the last "
-                    f"save ({first_line(error)})"
-                ) from None
         raise
     if opt["dist"]:
         torch.distributed.destroy_process_group()

@@ -459,22 +459,6 @@ def test_an_image_that_only_decoding_shows_to_be_broken(
     assert re.search("mlrn test: image .*image3.*cannot be read", err)
 
 
-def test_an_archived_run_is_not_hidden_by_an_empty_one(
-    tmp_path, fast_options, mlrn_here, monkeypatch, restore_stop, log
-):
-    monkeypatch.chdir(tmp_path)
-    fast_options["train"]["total_iter"] = 10
-    path = write_yaml(tmp_path / "tiny.yml", fast_options)
-    assert mlrn_here("train", "-opt", path)[0] == 0
-    archived = "experiments/tiny_archived_20260101_000000"
-    os.rename("experiments/tiny", archived)
-    os.makedirs("experiments/tiny/models")
-    force = ["--force_yml", "train:total_iter=12"]
-    code, out, _ = mlrn_here("train", "-opt", path, "--auto_resume", *force)
-    assert code == 0 and f"going on with {tmp_path}/{archived}" in out
-    assert "Resuming training from epoch: 0, iter: 10" in log.text
-
-
 def test_the_first_of_equal_scores_is_the_best(build, fast_options):
     model = build(fast_options)
     model._initialize_best_metric_results("tiny_val")
