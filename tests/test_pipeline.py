@@ -38,7 +38,7 @@ def test_training_lowers_the_loss_and_resumes(tmp_path, train_options):
     second = mlrn(*command, cwd=tmp_path)
     assert second.returncode == 0, second.stdout
     for name in ("40", "35", "30"):  # 30 has lost its network
-        assert re.search(rf"Passing over .*{name}.state", second.stdout)
+        assert re.search(rf"Skipping .*{name}.state", second.stdout)
     assert "Resuming training from epoch: 0, iter: 20." in second.stdout
     assert sorted(losses(second.stdout)) == list(range(21, 41))
     assert not list(tmp_path.glob("experiments/*archived*"))
@@ -47,7 +47,7 @@ def test_training_lowers_the_loss_and_resumes(tmp_path, train_options):
     for path in (experiment / "training_states").iterdir():
         path.write_bytes(b"")
     third = mlrn(*command, cwd=tmp_path)
-    assert third.returncode == 2 and "no whole training state" in third.stdout
+    assert third.returncode == 2 and "no complete training state" in third.stdout
     assert "Traceback" not in third.stdout and len(list(tmp_path.glob("experiments/*"))) == 1
 
 
