@@ -6,10 +6,13 @@ import argparse
 import csv
 import json
 import re
+import shlex
 import shutil
+from operator import itemgetter
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
@@ -18,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlrn_arch import options
 from mlrn_arch.archs.mlrn_arch import MLRN
+from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
 from mlrn_arch.tools import compare
 from mlrn_arch.tools.compare import pictures, scoring, tables
@@ -66,9 +70,8 @@ def networks(tmp_path, monkeypatch, test_options) -> Path:
     return tmp_path
 
 
-def test_numbers_are_those_of_mlrn_test(networks, capsys, monkeypatch):
-    files = ["RLFN.yml:RLFN.pth", "MLRN.yml:MLRN.pth"]
-    assert run(*files, "--paper") == 0
+def test_numbers_are_those_of_mlrn_test(networks, capsys):
+    assert run("RLFN.yml:RLFN.pth", "MLRN.yml:MLRN.pth", "--paper") == 0
     printed = capsys.readouterr()
     assert printed.err.count("Skipping nowhere") == 1  # once for all rows
     for row in csv.DictReader(Path("comparison/table.csv").read_text().splitlines()):
@@ -97,17 +100,117 @@ def test_numbers_are_those_of_mlrn_test(networks, capsys, monkeypatch):
     for name in ("tradeoffs.png", "tradeoffs.svg", "table.md"):
         assert Path("comparison", name).stat().st_size > 100
 
-    # Everything is known: no network runs. A changed checkpoint runs, the other row does not.
-    runs = []
-    forward = MLRN.forward
-    monkeypatch.setattr(MLRN, "forward", lambda self, x: runs.append(1) or forward(self, x))
+
+def test_scores_are_cached_by_content(networks, monkeypatch):
+    """Of the option file, the checkpoint and the images; times come from one run."""
+    images = []
+    for network in (MLRN, RLFN):
+
+        def forward(self, x, network=network, forward=network.forward):
+            if x.shape[-2:] == (32, 32) and x.device.type != "meta":
+                images.append(network)
+            return forward(self, x)
+
+        monkeypatch.setattr(network, "forward", forward)
+    scores = itemgetter("tiny_val PSNR", "tiny_val SSIM")
+    files = ["RLFN.yml:RLFN.pth", "MLRN.yml:MLRN.pth"]
+    assert run(*files[1:]) == 0 and images == [MLRN] * 8
+    images.clear()
+    assert run(*files, files[1]) == 0 and images == [RLFN] * 8  # named twice: one row
     before = table()
-    assert run(*files, "--paper") == 0 and not runs and table() == before
+    assert [row["method"] for row in before] == ["RLFN", "MLRN"]
+    images.clear()
+    assert run(*files) == 0 and not images
+    assert list(map(scores, table())) == list(map(scores, before))
+    assert [row["time_ms"] for row in table()] != [row["time_ms"] for row in before]
+
     torch.manual_seed(9)
     torch.save(MLRN(**TINY).state_dict(), "MLRN.pth")
-    assert run(*files) == 0 and len(runs) == 8  # the images; time does not hang on the weights
-    assert table()[1]["tiny_val PSNR"] != before[1]["tiny_val PSNR"]
-    assert table()[0]["tiny_val PSNR"] == before[0]["tiny_val PSNR"]
+    assert run(*files) == 0 and images == [MLRN] * 8
+    after = table()
+    assert scores(after[1]) != scores(before[1]) and scores(after[0]) == scores(before[0])
+    assert run(*files[1:], "--force_yml", "val:metrics:psnr:crop_border=4") == 0
+    assert scores(table()[0])[0] != scores(after[1])[0]
+    for folder in ("gt", "lq"):
+        shutil.copytree(
+            options.load_yaml("MLRN.yml")["datasets"]["test_1"][f"dataroot_{folder}"], folder
+        )
+        Path(folder, "image7.png").unlink()
+    roots = ["datasets:test_1:dataroot_gt=gt", "datasets:test_1:dataroot_lq=lq"]
+    images.clear()
+    assert run(*files[1:], "--force_yml", *roots) == 0 and images == [MLRN] * 7
+    assert scores(table()[0]) != scores(after[1])
+
+
+def test_an_interrupted_comparison_goes_on(networks, monkeypatch):
+    real, calls = scoring.score_image, []
+
+    def interrupted(model, dataset, index, **kwargs):
+        calls.append(index)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return real(model, dataset, index, **kwargs)
+
+    monkeypatch.setattr(scoring, "score_image", interrupted)
+    files = ["RLFN.yml:RLFN.pth", "MLRN.yml:MLRN.pth"]
+    with pytest.raises(KeyboardInterrupt):
+        run(*files)
+    assert not Path("comparison/table.json").exists()
+    assert run(*files) == 0 and len(calls) == 12 + 8  # those of the second network
+
+
+def test_images_without_a_finite_score_are_left_out(networks, capsys, test_options):
+    """A black image has PSNR inf, one of 14x14 no SSIM: 11x11 windows do not fit inside."""
+    soft = cv2.resize(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8), (64, 64))
+    pairs = {"soft": soft, "black": np.zeros_like(soft), "small": soft[:14, :14]}
+    for folder, step in (("gt", 1), ("lq", 2)):
+        Path(folder).mkdir()
+        for name, image in pairs.items():
+            cv2.imwrite(f"{folder}/{name}.png", image[::step, ::step])
+    dataset = {**test_options["datasets"]["test_1"], "dataroot_gt": "gt", "dataroot_lq": "lq"}
+    own = {"network_g": {"type": "Bicubic", "upscale": 2}, "name": "test_Bicubic_x2"}
+    write_yaml(networks / "b.yml", {**test_options, **own, "datasets": {"test_1": dataset}})
+    for _ in range(2):  # the second time from the cache
+        assert run("b.yml") == 0
+        out = capsys.readouterr().out
+        assert "Bicubic x2, tiny_val: PSNR is a mean without black.png (inf)" in out
+        assert "Bicubic x2, tiny_val: SSIM is a mean without small.png (nan)" in out
+        assert "Picture" not in out  # one point shows no trade-off
+    (row,) = table()
+    for metric, image in (("PSNR", "black"), ("SSIM", "small")):
+        for folder in ("gt", "lq"):
+            shutil.copytree(folder, f"without_{image}/{folder}")
+            Path(f"without_{image}/{folder}/{image}.png").unlink()
+        roots = [f"datasets:test_1:dataroot_{f}=without_{image}/{f}" for f in ("gt", "lq")]
+        assert run("b.yml", "--force_yml", *roots) == 0
+        assert table()[0][f"tiny_val {metric}"] == row[f"tiny_val {metric}"]
+    for name in ("soft", "small"):
+        for folder in ("gt", "lq"):
+            Path(folder, f"{name}.png").unlink()
+    assert run("b.yml") == 0
+    assert table()[0]["tiny_val PSNR"] is None and table()[0]["tiny_val SSIM"] == pytest.approx(1)
+
+
+def test_the_examples_of_the_help(networks, mlrn_here, test_options):
+    gt = cv2.resize(np.random.default_rng(0).integers(0, 256, (40, 15, 3), np.uint8), (156, 464))
+    for folder, scale in (("gt", 1), ("lq", 4)):
+        Path(folder).mkdir()
+        cv2.imwrite(f"{folder}/ppt3.png", gt[::scale, ::scale])
+    standard = {**test_options, "scale": 4, "network_g": {"type": "MLRN", "upscale": 4}}
+    own = {"name": "Set14", "dataroot_gt": "gt", "dataroot_lq": "lq"}
+    standard["datasets"] = {"test_1": test_options["datasets"]["test_1"] | own}
+    Path("options").mkdir()
+    write_yaml(networks / "options/test_MLRN_x4.yml", {**standard, "name": "test_MLRN_x4"})
+    torch.save(MLRN().state_dict(), "net.pth")
+    torch.save(
+        build_network({"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3}).state_dict(), "EDSR_x4.pth"
+    )
+    text = mlrn_here("compare", "-h")[1]
+    examples = re.findall(r"^  mlrn (compare .*)$", text, re.M)
+    assert len(examples) == 2
+    for example in examples:
+        code, out, err = mlrn_here(*shlex.split(example))
+        assert code == 0 and "Picture: " in out, err
 
 
 EDSR = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 2, "upscale": 2}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import math
@@ -14,9 +13,11 @@ from conftest import REPOSITORY, write_yaml
 from torch import nn
 from torch.nn import functional as F
 
+from mlrn_arch import machine
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
+from mlrn_arch.inference import backends
 from mlrn_arch.inference.counting import count
 
 NTIRE_YML = str(REPOSITORY / "options/ntire/test_MLRN_NTIRE_x4.yml")
@@ -31,12 +32,16 @@ def profile(mlrn_here):
 # --- the paper's figures ------------------------------------------------------------------------
 
 
-def test_ntire_variant(profile):
-    code, out, _ = profile(NTIRE_YML, "--input-size", "256x256", "--no-runtime")
+def test_ntire_variant(profile, tmp_path):
+    """0.275 M, 16.85 G, 97.87 M and 43 convolutions are Table 3's."""
+    to_file = ["--no-runtime", "--json", str(tmp_path / "out.json")]
+    code, out, _ = profile(NTIRE_YML, "--input-size", "256x256", *to_file)
     assert code == 0
     assert out.splitlines()[1].split()[:-1] == [
         NTIRE_YML, "x4", "256x256", "0.275", "16.85", "16.85", "97.87", "43"
     ]  # fmt: skip
+    (written,) = json.loads((tmp_path / "out.json").read_text())["networks"]
+    assert written["parameters"] == 274710
 
 
 def test_rlfn_by_the_counter_of_the_challenge():
@@ -158,17 +163,6 @@ def test_an_output_of_another_size_is_refused():
         count(nn.Identity(), (1, 3, 8, 12), 4)
 
 
-def test_files_have_the_figures_of_the_challenge(profile, tmp_path):
-    """0.275 M, 16.85 G and 97.87 M of the NTIRE variant are Table 3's."""
-    to_files = ["--json", str(tmp_path / "out.json"), "--csv", str(tmp_path / "out.csv")]
-    code, out, _ = profile(NTIRE_YML, "--input-size", "256x256", "--no-runtime", *to_files)
-    assert code == 0 and {"0.275", "16.85", "97.87"} <= set(out.splitlines()[-1].split())
-    (written,) = csv.DictReader((tmp_path / "out.csv").open())
-    assert written["parameters"] == "274710"
-    (written,) = json.loads((tmp_path / "out.json").read_text())["networks"]
-    assert written["parameters"] == 274710
-
-
 # --- runtime ------------------------------------------------------------------------------------
 
 
@@ -191,14 +185,37 @@ def test_back_ends_are_timed_beside_eager(profile, tmp_path):
     arguments = ["--input-size", "40x32", "--rounds", "2", "--device", "cpu", "--backend", "torch"]
     code, out, err = profile(*tiny, *arguments, "--json", str(tmp_path / "out.json"))
     assert code == 0, err
-    assert [line.split()[:2] for line in out.splitlines()[-4:]] == [
-        [network, way] for way in ("eager", "torch") for network in tiny
+    automatic = "bf16" if machine.computes_in_bf16() else "fp32"
+    assert [line.split()[:3] for line in out.splitlines()[-4:]] == [
+        [network, way, precision]
+        for way, precision in (("eager", "fp32"), ("torch", automatic))
+        for network in tiny
     ]
     rows = json.loads((tmp_path / "out.json").read_text())["networks"]
     for row in rows:
         assert 0 < row["torch_ms_min"] <= row["torch_ms"] <= row["torch_ms_max"] < math.inf
         assert row["eager_to_eager"] == 1 and row["torch_to_eager"] > 0
     assert rows[0]["torch_ratio"] == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_back_ends_precision_is_the_one_it_computes_in(precision):
+    """It shows in the output, for the last operation is a convolution."""
+    network = nn.Conv2d(3, 3, 3, padding=1)
+    run = backends.load(network, "torch", "cpu", precision)
+    x = torch.rand(1, 3, 40, 48)
+    assert run.precision == precision
+    rounded = run(x).to(machine.DTYPES[precision]).float()
+    assert torch.equal(rounded, run(x))
+    assert torch.allclose(run(x), network(x), atol=1e-6 if precision == "fp32" else 0.02)
+
+
+def test_the_same_network_twice(profile, tmp_path):
+    tiny = ["MLRN:num_feat=8,num_block=1,esa_feat=4"] * 2
+    arguments = ["--input-size", "24x16", "--rounds", "2", "--device", "cpu"]
+    assert profile(*tiny, *arguments, "--json", str(tmp_path / "out.json"))[0] == 0
+    first, second = json.loads((tmp_path / "out.json").read_text())["networks"]
+    assert first["time_ratio"] == 1 and second["time_ms"] > 0
 
 
 def test_on_a_gpu(profile, tmp_path):
@@ -252,8 +269,8 @@ def test_one_bad_network_spoils_nothing_else(profile, tmp_path, monkeypatch, net
     [
         (["--input-size", "256"], "'256' is no size; write WIDTHxHEIGHT"),
         (["--output-size", "0x720"], "'0' is no positive integer"),
-        (["--backend", "torch", "--no-runtime"], "--backend measures, --no-runtime forbids it"),
-        (["--no-runtime", "--csv", "nowhere/out.csv"], "cannot write nowhere/out.csv: No such"),
+        (["--backend", "torch", "--no-runtime"], "--backend measures times, --no-runtime forbids"),
+        (["--no-runtime", "--json", "nowhere/out.json"], "cannot write nowhere/out.json: No such"),
     ],
 )
 def test_contradicting_arguments(profile, arguments, message):

@@ -91,8 +91,8 @@ def load(
 
     Returns:
         A function: (n, c, h, w) in [0, 1] on any device -> (n, c, h * s, w * s), float32 on the
-        same device, not clamped; of any size and batch, under inference mode. Its attribute
-        `backend` is the name of what runs it.
+        same device, not clamped; of any size and batch, under inference mode. Its attributes
+        `backend` and `precision` say what runs it; fp16 may give way while it runs.
 
     Raises:
         UserError: No such back end, or it is not installed, or cannot run this network, on this
@@ -139,10 +139,9 @@ def load(
             return y.to(x.device)
 
         guarded.backend = name
+        guarded.precision = getattr(run, "precision", "fp32")
         return guarded
-    run = _torch(network, device, precision)
-    run.backend = "torch"
-    return run
+    return _torch(network, device, precision)
 
 
 def _instead_of_fp16(reason: str, device: torch.device) -> str:
@@ -166,15 +165,17 @@ def _torch(network: nn.Module, device: torch.device, precision: str) -> Callable
             y = network(x.to(device, torch.float32, memory_format=torch.channels_last))
         if precision == "fp16" and not y.isfinite().all():
             precision = _instead_of_fp16("the network's output is not finite", device)
+            run.precision = precision
             return run(x)
         return y.to(x.device, torch.float32)
 
+    run.backend, run.precision = "torch", precision
     return run
 
 
 def _openvino(network: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
     openvino = import_openvino()
-    with _quiet(), torch.no_grad(), _UNREPORTED:
+    with quiet(), torch.no_grad(), _UNREPORTED:
         # Traced, not exported: a third of the time. `check` finds a size that the trace fixed.
         model = openvino.convert_model(
             network,
@@ -189,8 +190,14 @@ def _openvino(network: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
 def run_openvino(model: Any, hint: str | None) -> Callable[[Tensor], Tensor]:
     """A model of OpenVINO's, or its file, as a function; without a hint it chooses precision."""
     config = {"INFERENCE_PRECISION_HINT": hint} if hint else {}
-    run = import_openvino().compile_model(model, "CPU", config)
-    return lambda x: torch.from_numpy(run(x.numpy())[0])
+    compiled = import_openvino().compile_model(model, "CPU", config)
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(compiled(x.numpy())[0])
+
+    chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    run.precision = {"f32": "fp32", "f16": "fp16"}.get(chosen, chosen)
+    return run
 
 
 def run_onnx(model: bytes | str) -> Callable[[Tensor], Tensor]:
@@ -290,7 +297,7 @@ def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
         x = x.permute(0, 2, 3, 1).to(torch.uint8)
         sizes = {0: sizes[0], 1: sizes[2], 2: sizes[3]}
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 network,
                 (x,),
@@ -318,7 +325,7 @@ def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep to itself what tracers and exporters say to their developers."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

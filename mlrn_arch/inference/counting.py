@@ -1,24 +1,24 @@
-"""What one forward pass of a network costs, counted on torch's meta device, which computes nothing.
+"""What a network costs: counts of one forward pass, and times taken in turns.
 
-parameters   of the network
-mult-adds    multiplications of convolutions (grouped, transposed and deformable ones as well),
-             linear layers, matrix products and attention, each with its addition; biases, other
-             products and additions, activations, pooling and interpolation are not counted
-FLOPs        as the NTIRE challenge counts: mult-adds, plus 1 for every output element of ReLU,
-             LeakyReLU, PReLU, ELU and ReLU6, plus 2 for those of BatchNorm2d (1 if not affine);
-             where its counter errs, in transposed convolutions and in linear layers on more than
-             two dimensions, this one does not
+parameters   all parameters of the network
+mult-adds    multiplications of convolutions (grouped, transposed and deformable ones too), linear
+             layers, matrix products and attention, each with its addition; biases, activations,
+             pooling, interpolation and other products and sums are not counted
+FLOPs        as the NTIRE challenge counts: mult-adds, plus 1 for each output element of ReLU,
+             LeakyReLU, PReLU, ELU and ReLU6, plus 2 for each of BatchNorm2d (1 if not affine);
+             the challenge's counter errs in transposed convolutions and in linear layers on more
+             than two dimensions, this one does not
 acts         output elements of all convolutions
 conv         calls of a convolution
-peak MiB     weights, input and the most that one forward pass holds beside them: the tensors alive
-             at once, by following the pass; what a kernel needs inside is not in it
+peak MiB     weights, input, and the most that the tensors of a forward pass take at one time;
+             workspace inside a kernel is not counted
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -28,8 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
+from tqdm import tqdm
 
 from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.inference.backends import quiet
 
 RELU_LIKE = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.ReLU6)
 DEFORMABLE = torch.ops.torchvision.deform_conv2d
@@ -37,16 +39,16 @@ CONVOLUTIONS = (torch.ops.aten.convolution.default, DEFORMABLE.default)
 
 
 class _Tally(TorchDispatchMode):
-    """Sees every operator of a forward pass: counts convolutions, follows the bytes alive."""
+    """Sees every operator of a forward pass: counts convolutions and the bytes alive."""
 
-    def __init__(self, kept: Sequence[Tensor]) -> None:
+    def __init__(self, held: Sequence[Tensor]) -> None:
         super().__init__()
         self.activations = self.convolutions = self.alive = self.peak = 0
         self._storages = WeakIdKeyDictionary()
-        for tensor in kept:
-            self._keep(tensor)
+        for tensor in held:
+            self._add(tensor)
 
-    def _keep(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()  # views and in-place results share one
         if storage not in self._storages:
             self._storages[storage] = True
@@ -61,7 +63,7 @@ class _Tally(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._keep(tensor)
+                self._add(tensor)
         if func in CONVOLUTIONS:
             self.activations += result.numel()
             self.convolutions += 1
@@ -71,25 +73,25 @@ class _Tally(TorchDispatchMode):
 def count(
     network: nn.Module,
     shape: Sequence[int],
-    upscale: int,
+    upscale: float,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    """Count what one forward pass costs; nothing is computed unless the network insists.
+) -> dict[str, int]:
+    """Count what one forward pass costs, on the meta device if the network can run there.
 
     Args:
-        network: In evaluation mode; is left as it was.
-        shape: The input, (n, c, h, w) or, for video, (n, t, c, h, w).
+        network: In evaluation mode; it is left as it was.
+        shape: Of the input, (n, c, h, w).
         upscale: Output size over input size.
         dtype: Of weights and input, for the bytes.
 
     Returns:
         `parameters`, `mult_adds`, `flops` (as the NTIRE challenge counts), `activations`,
-        `convolutions` and `peak_bytes`, as the module's docstring explains them.
+        `convolutions` and `peak_bytes`; the module's docstring defines them.
 
     Raises:
         UserError: The network cannot take this input, or does not return `upscale` times its size.
     """
-    for device in ("meta", "cpu"):  # some networks look at values, which the meta device has not
+    for device in ("meta", "cpu"):  # some networks look at values; the meta device has none
         try:
             return _count_on(device, network, shape, upscale, dtype)
         except UserError:
@@ -100,8 +102,8 @@ def count(
 
 
 def _count_on(
-    device: str, network: nn.Module, shape: Sequence[int], upscale: int, dtype: torch.dtype
-) -> dict[str, Any]:
+    device: str, network: nn.Module, shape: Sequence[int], upscale: float, dtype: torch.dtype
+) -> dict[str, int]:
     network = copy.deepcopy(network).to(device, dtype)
     extra = 0
 
@@ -113,20 +115,20 @@ def _count_on(
     for module in network.modules():
         if isinstance(module, (*RELU_LIKE, nn.BatchNorm2d)):
             module.register_forward_hook(add_extra)
-    x = torch.zeros(shape, device=device, dtype=dtype)
+    x = torch.zeros(*shape, device=device, dtype=dtype)
     tally = _Tally([*network.parameters(), *network.buffers(), x])
     deformable = {DEFORMABLE: lambda x, w, *_, out_shape, **__: 2 * prod(out_shape) * prod(w[1:])}
     flops = FlopCounterMode(display=False, custom_mapping=deformable)
-    # Not inference_mode: under it composite operators reach the tally in one piece.
+    # Under inference_mode the tally would miss the parts of composite operators.
     with torch.no_grad(), flops, tally:
         y = network(x)
     size = tuple(getattr(y, "shape", ()))
-    wanted = (shape[-2] * upscale, shape[-1] * upscale)
-    if size[-2:] != wanted:
-        given = f"{size[-1]}x{size[-2]}" if len(size) > 2 else "no image"
+    expected = (shape[-2] * upscale, shape[-1] * upscale)
+    if size[-2:] != expected:
+        returned = f"{size[-1]}x{size[-2]}" if len(size) > 2 else "no image"
         raise UserError(
-            f"returns {given} where x{upscale} of {shape[-1]}x{shape[-2]} would be "
-            f"{wanted[1]}x{wanted[0]}; if it has another scale, give it with --upscale"
+            f"returns {returned} where x{upscale} of {shape[-1]}x{shape[-2]} would be "
+            f"{expected[1]}x{expected[0]}; if it has another scale, give it with --upscale"
         )
     mult_adds = flops.get_total_flops() // 2
     return {
@@ -137,3 +139,20 @@ def _count_on(
         "convolutions": tally.convolutions,
         "peak_bytes": tally.peak,
     }
+
+
+def times_in_turns(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Time functions in turns, so that a busy machine slows all of them.
+
+    Returns:
+        For each function the milliseconds of one call in every round.
+    """
+    with quiet():  # it imports setuptools and looks for a CUDA compiler
+        from torch.utils.benchmark import Timer
+    threads = torch.get_num_threads()
+    timers = [Timer("call()", globals={"call": call}, num_threads=threads) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in tqdm(range(rounds), desc="rounds", disable=None if calls else True):
+        for timer, turns in zip(timers, times, strict=True):
+            turns.append(timer.blocked_autorange(min_run_time=0.1).median * 1e3)
+    return times

@@ -1,8 +1,9 @@
 """Score networks on test sets and print the paper's Table 1; or draw its Figure 3.
 
-PSNR and SSIM come out of the same BasicSR run as those of `mlrn test`. What is finished is kept
-below the output folder: interrupted, or with further networks, the same command goes on. Networks
-of several scales may stand in one table. Networks of the Y channel need an option file.
+PSNR and SSIM are those of `mlrn test`. Finished scores are cached below the output folder: an
+interrupted command goes on, and a further network computes only its own. Times come from one run
+in which all networks take turns. A table may hold networks of several scales. Networks of the Y
+channel need an option file.
 """
 
 from __future__ import annotations
@@ -11,24 +12,23 @@ import argparse
 import hashlib
 import re
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from basicsr.archs import build_network
 from basicsr.data import build_dataset
-from basicsr.metrics import calculate_metric
 from basicsr.models import build_model
 from basicsr.utils import bgr2ycbcr, tensor2img
 from basicsr.utils.color_util import ycbcr2bgr
-from torch.utils.data import default_collate
 
 from mlrn_arch import machine, options, sources
 from mlrn_arch.errors import UserError, first_line
-from mlrn_arch.options import Options
 from mlrn_arch.tools.compare import pictures, scoring, tables
-from mlrn_arch.tools.compare.scoring import METRICS, Row
+from mlrn_arch.tools.compare.scoring import Row
 from mlrn_arch.tools.compare.tables import text_of
 
 
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--visual IMAGE and --crop X Y W H belong together")
     torch.backends.cudnn.benchmark = True  # as the pipeline
     problems: list[str] = []
-    rows = [row for text in args.networks if (row := _read(text, args.force_yml, problems))]
+    named = dict.fromkeys(args.networks)
+    rows = [row for text in named if (row := _read(text, args.force_yml, problems))]
     _set_labels(rows)
     for note in dict.fromkeys(note for row in rows for note in row.notes):
         if note.startswith("Skipping"):
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(text: str, forced: list[str], problems: list[str]) -> Row | None:
-    """Read a network's options as `mlrn test` does; a faulty data set is told and left out."""
+    """Read a network's options as `mlrn test` does; faulty test sets are reported and left out."""
     network, forced = sources.split(text)[0], list(forced)
     for attempt in range(2):
         try:
@@ -119,80 +120,72 @@ def _set_labels(rows: list[Row]) -> None:
 
 
 def _table(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> bool:
-    """Score the networks, print and write the table and its picture; False if there is nothing."""
+    """Score the networks, print and write the table and its picture; False without any score."""
     names = dict.fromkeys(name for row in rows for name in row.sets)
     if args.set not in (None, *names):
         raise UserError(f"--set {args.set}: no such test set; known are {', '.join(names)}")
-    where = machine.name_of(torch.device("cuda" if rows[0].opt["num_gpu"] > 0 else "cpu"))
-    if not scoring.fill(rows, args.output / "cells", where, problems):
+    if not scoring.fill(rows, args.output / "cells", problems):
         return False
+    where = machine.name_of(torch.device("cuda" if rows[0].opt["num_gpu"] > 0 else "cpu"))
     columns = tables.write(rows, args.output, where, args.paper)
     metric = f"{args.set or columns[len(tables.HEADS)][: -len(' PSNR')]} PSNR"
     rows = sorted(rows, key=lambda row: row.opt["scale"])
     points = [(row.label, row.opt["scale"], row.values) for row in rows]
-    print("Picture:", *pictures.draw_tradeoffs(points, metric, where, args.output))
+    if paths := pictures.draw_tradeoffs(points, metric, where, args.output):
+        print("Picture:", *paths)
     return True
 
 
 def _visual(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> bool:
     """Draw one crop by every network, with the scores of the whole image; False if by none."""
     x, y, width, height = args.crop
-    scale, original, crops, title = rows[0].opt["scale"], None, [], ""
+    scale, original, crops, title = rows[0].opt["scale"], np.empty(0), [], ""
     for row in rows:
         try:
             if row.opt["scale"] != scale:
                 raise UserError(f"is x{row.opt['scale']}, the first network x{scale}")
-            opt, index = _find(row, args.visual)
-            lq, gt = (
-                tensor2img(build_dataset({**opt, "color": None})[index][key])
-                for key in ("lq", "gt")
-            )
-            if (
-                min(x, y) < 0
-                or min(width, height) < 1
-                or x + width > gt.shape[1]
-                or y + height > gt.shape[0]
-            ):
+            dataset, index = _find(row, args.visual)
+            pair = build_dataset({**dataset.opt, "color": None})[index]
+            lq, gt = tensor2img(pair["lq"]), tensor2img(pair["gt"])
+            right, bottom = x + width, y + height
+            if not (0 <= x < right <= gt.shape[1] and 0 <= y < bottom <= gt.shape[0]):
                 raise UserError(
                     f"the crop {x} {y} {width} {height} reaches out of the image, which is "
                     f"{gt.shape[1]}x{gt.shape[0]}"
                 )
-            model = build_model(row.opt)
-            model.feed_data(default_collate([build_dataset(opt)[index]]))
-            model.test()
-            visuals = model.get_current_visuals()
-            images = {"img": tensor2img(visuals["result"]), "img2": tensor2img(visuals["gt"])}
-            metrics = (row.opt["val"].get("metrics") or {}).values()
-            scores = {m["type"]: calculate_metric(images, m) for m in metrics}
-            image = images["img"]
+            with tempfile.TemporaryDirectory() as folder:
+                row.opt["path"]["visualization"] = folder
+                scores = scoring.score_image(build_model(row.opt), dataset, index, save_img=True)
+                (file,) = Path(folder).rglob("*.png")
+                image = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
             if image.ndim == 2:  # a network of the Y channel: the colours are the input's
                 chroma = cv2.resize(bgr2ycbcr(lq), image.shape[::-1], interpolation=cv2.INTER_CUBIC)
                 image = ycbcr2bgr(np.dstack([image, chroma[..., 1:]]))
         except Exception as error:  # a network may fail on an image in any way
-            problems.append(f"{row.label} x{row.opt['scale']}, {args.visual}: {first_line(error)}")
+            problems.append(f"{row.title}, {args.visual}: {first_line(error)}")
             continue
-        values = [text_of(c, scores[t]) for c, t in METRICS.items() if t in scores]
-        crops.append((row.label, " / ".join(values), image[y : y + height, x : x + width]))
-        original = gt
-        title = Path(build_dataset(opt).paths[index]["gt_path"]).stem
-        title = f"{title} ({opt['name']}), x{scale}"
+        values = " / ".join(text_of(metric, value) for metric, value in scores.items())
+        crops.append((row.label, values, image[y:bottom, x:right]))
+        original, title = gt, scoring.path_of(dataset, index).stem
+        title = f"{title} ({dataset.opt['name']}), x{scale}"
     if not crops:
         return False
-    crops.append(("HR", "PSNR / SSIM", original[y : y + height, x : x + width]))
+    crops.append(("HR", "PSNR / SSIM", original[y:bottom, x:right]))
     stem = re.sub(r"\W+", "_", title).strip("_")
     path = args.output / f"visual_{stem}_{x}_{y}_{width}_{height}.png"
     pictures.draw_crops(original, title, (x, y, width, height), crops, path)
-    for label, score, _ in crops[:-1]:
-        print(f"{label:28}{score}")
+    for label, values, _ in crops[:-1]:
+        print(f"{label:28}{values}")
     print("Picture:", path)
     return True
 
 
-def _find(row: Row, image: str) -> tuple[Options, int]:
-    """Find a test image by its name, SET/name or path; returns its set and its index there."""
+def _find(row: Row, image: str) -> tuple[Any, int]:
+    """Find a test image by its name, SET/name or path; returns its dataset and its index there."""
     for name, opt in row.sets.items():
-        for index, paths in enumerate(build_dataset(opt).paths):
-            path = Path(paths["gt_path"])
+        dataset = build_dataset(opt)
+        for index in range(len(dataset)):
+            path = scoring.path_of(dataset, index)
             if image in (path.stem, path.name, f"{name}/{path.stem}") or path == Path(image):
-                return opt, index
+                return dataset, index
     raise UserError(f"no such image in {', '.join(row.sets)}")

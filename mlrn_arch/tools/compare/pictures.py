@@ -20,15 +20,26 @@ def draw_tradeoffs(
 ) -> list[Path]:
     """Draw a metric against parameters, mult-adds and time: a row of panels for each scale.
 
+    A scale needs two networks with parameters and a score: one point shows no trade-off.
+
     Args:
-        points: Name, scale and values of each network; one without a value on an axis (bicubic
-            has no parameters) becomes a dashed line.
+        points: Name, scale and values of each network. Without a value on an axis (bicubic has no
+            parameters) it becomes a dashed line.
         metric: The key of the vertical axis in the values, such as `Set5 PSNR`.
         machine: Where time was measured.
-        folder: Where `tradeoffs.png` and `tradeoffs.svg` go.
+        folder: Gets `tradeoffs.png` and `tradeoffs.svg`; those of an earlier run are removed.
+
+    Returns:
+        The files, none if no scale has two networks.
     """
+    paths = [folder / "tradeoffs.png", folder / "tradeoffs.svg"]
+    full = [s for _, s, v in points if v.get("parameters") and v.get(metric) is not None]
+    scales = sorted(scale for scale in set(full) if full.count(scale) > 1)
+    if not scales:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return []
     plt = _pyplot()
-    scales = sorted({scale for _, scale, _ in points})
     names = list(dict.fromkeys(name for name, _, _ in points))
     figure, axes = plt.subplots(
         len(scales), 3, figsize=(13, 3.9 * len(scales)), squeeze=False, layout="constrained"
@@ -58,7 +69,6 @@ def draw_tradeoffs(
     labels = [textwrap.fill(name, 32) for name in marks]
     figure.legend(marks.values(), labels, loc="outside right center", frameon=False)
     figure.suptitle(f"Time on {machine}", fontsize=9, color="grey")
-    paths = [folder / "tradeoffs.png", folder / "tradeoffs.svg"]
     for path in paths:
         figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,31 +1,33 @@
-"""The figures of every network in a comparison; each is kept in a file of its own."""
+"""Scores, counts and times of the networks in a comparison; scores are cached in files."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
-import os
 import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from basicsr.data import build_dataloader, build_dataset
+from basicsr.data import build_dataset
 from basicsr.models import build_model
-from basicsr.utils.registry import ARCH_REGISTRY
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.errors import first_line
+from mlrn_arch.files import atomic_write
+from mlrn_arch.inference import counting
+from mlrn_arch.networks import input_channels
 from mlrn_arch.options import Options
 
 OUTPUT = 1280, 720  # at which mult-adds are counted and time is measured
+ROUNDS = 5
 METRICS = {"PSNR": "calculate_psnr", "SSIM": "calculate_ssim"}
+# Options that change no score: places, and the seed that is drawn at every start.
+PLACES = "path", "datasets", "root_path", "manual_seed"
 
 Values = dict[str, "float | None"]
 
@@ -41,6 +43,7 @@ class Row:
     notes: list[str]  # of its option file
     label: str = ""
     values: Values = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)  # images without a finite score
 
     @property
     def name(self) -> str:
@@ -48,136 +51,127 @@ class Row:
         return self.opt["name"].removeprefix("test_").removesuffix(f"_x{self.opt['scale']}")
 
     @property
+    def title(self) -> str:
+        """Label and scale, for messages."""
+        return f"{self.label} x{self.opt['scale']}"
+
+    @property
     def sets(self) -> dict[str, Options]:
-        """The data sets by name, in the order of `mlrn test`."""
+        """The test sets by name, in the order of `mlrn test`."""
         return {opt["name"]: opt for _, opt in sorted(self.opt["datasets"].items())}
 
 
-def fill(rows: list[Row], folder: Path, where: str, problems: list[str]) -> bool:
-    """Fill in the figures of all rows, those that are not known yet by running the networks.
+def fill(rows: list[Row], folder: Path, problems: list[str]) -> bool:
+    """Set `values` of all rows; returns whether there is at least one score.
 
     Args:
-        rows: Their `values` are set.
-        folder: Keeps every figure in a file of its own.
-        where: The machine on which time is measured.
-        problems: Takes a line for everything that failed.
-
-    Returns:
-        Whether there is a score at all.
+        rows: The networks.
+        folder: Caches the scores of each network on each set, in a file of their own.
+        problems: Gets a line for everything that failed.
     """
+    models = {}
+    for index, row in enumerate(rows):
+        row.values = {"parameters": row.parameters or None, "mult_adds": None, "time_ms": None}
+        try:
+            models[index] = build_model(row.opt)
+        except Exception as error:  # a model may refuse its options in any way
+            problems.append(f"{row.title}: {first_line(error)}")
     contents: dict[tuple[int, str], str] = {}
-    stamps: dict[tuple, str] = {}
-    work: list[tuple[Row, str, Path, Any]] = []  # a loader, or None to measure time
-    for row in rows:
-        identity = _identity(row)
-        timing = _cell(folder, {**identity, "machine": where, "what": "time"})
-        work.append((row, "time", timing, None))
-        for name, opt in row.sets.items():
-            scores = {
-                **identity,
-                "weights": row.weights,
-                "load": [row.opt["path"].get(key) for key in ("param_key_g", "strict_load_g")],
-                "metrics": row.opt["val"].get("metrics"),
-                "dataset": {k: v for k, v in opt.items() if not k.startswith("dataroot")},
-                "images": _stamp(opt, stamps),
-            }
-            if contents.setdefault((opt["scale"], name), scores["images"]) != scores["images"]:
-                problems.append(f"{row.argument}: its {name} has other images than the rows above")
-            loader = build_dataloader(build_dataset(opt), opt)
-            work.append((row, name, _cell(folder, scores), loader))
+    hashes: dict[tuple, str] = {}
+    with tqdm(unit="image", disable=None) as bar:
+        for index, model in models.items():
+            row = rows[index]
+            for name, opt in row.sets.items():
+                images = _hash_of_images(opt, hashes)
+                if contents.setdefault((opt["scale"], name), images) != images:
+                    problems.append(f"{row.argument}: its {name} has other images than those above")
+                bar.set_description(f"{row.title}, {name}")
+                cell = _cell(folder, row, opt, images)
+                try:
+                    found = json.loads(cell.read_text())
+                except (OSError, ValueError):
+                    found = _score_set(model, build_dataset(opt), bar, problems, row.title)
+                    if found:
+                        save(cell, json.dumps(found))
+                row.values.update({f"{name} {metric}": found.get(metric) for metric in METRICS})
+                for metric, without in found.get("left out", {}).items():
+                    row.left_out.append(
+                        f"{row.title}, {name}: {metric} is a mean without {without}"
+                    )
+    scored = any(v is not None for row in rows for key, v in row.values.items() if " " in key)
+    if scored:
+        _measure([(rows[index], model) for index, model in models.items()], problems)
+    return scored
 
-    todo = [part for part in work if _load(part[2]) is None]
-    total = sum(len(loader) if loader else 1 for *_, loader in todo)
-    model, built = None, None
-    with tqdm(total=total, unit="image", disable=None if todo else True) as bar:
-        for row, what, cell, loader in todo:
-            bar.set_description(f"{row.label} x{row.opt['scale']}, {what}")
-            watched = _Watched(loader, bar) if loader else None
-            try:
-                if built is not row:
-                    model, built = build_model(row.opt), row
-                found = _score(model, row.opt, watched) if watched else _measure(model, row)
-                save(cell, json.dumps(found))
-            except Exception as error:  # a network may fail on an image in any way
-                image = f", {watched.image}" if watched else ""
-                problems.append(
-                    f"{row.label} x{row.opt['scale']}, {what}{image}: {first_line(error)}"
-                )
-            bar.update(watched.left if watched else 1)
-    for row, what, cell, _ in work:
-        found = _load(cell) or {}
-        if what == "time":
-            row.values.update(dict.fromkeys(("parameters", "mult_adds", "time_ms")), **found)
-            row.values["parameters"] = row.parameters or None
+
+def score_image(model: Any, dataset: Any, index: int, save_img: bool = False) -> dict[str, float]:
+    """PSNR and SSIM of one image, by the validation that `mlrn test` runs too."""
+    loader = DataLoader(dataset, sampler=[index])
+    model.validation(loader, model.opt["name"], tb_logger=None, save_img=save_img)
+    metrics = model.opt["val"].get("metrics") or {}
+    found = {m["type"]: float(model.metric_results[name]) for name, m in metrics.items()}
+    return {column: found[kind] for column, kind in METRICS.items() if kind in found}
+
+
+def path_of(dataset: Any, index: int) -> Path:
+    """The HR file of a test image."""
+    paths = dataset.paths[index]
+    return Path(paths["gt_path"] if isinstance(paths, dict) else paths)
+
+
+def _score_set(
+    model: Any, dataset: Any, bar: tqdm, problems: list[str], title: str
+) -> dict[str, Any]:
+    """The means over a set, with the images that are not in them; empty if an image failed."""
+    scores: dict[str, list[tuple[str, float]]] = {}
+    for index in range(len(dataset)):
+        image = path_of(dataset, index).name
+        try:
+            for metric, value in score_image(model, dataset, index).items():
+                scores.setdefault(metric, []).append((image, value))
+        except Exception as error:  # a network may fail on an image in any way
+            problems.append(f"{title}, {dataset.opt['name']}, {image}: {first_line(error)}")
+            return {}
+        bar.update()
+    found: dict[str, Any] = {"left out": {}}
+    for metric, values in scores.items():
+        finite = [value for _, value in values if math.isfinite(value)]
+        found[metric] = sum(finite) / len(finite) if finite else None
+        without = [f"{image} ({v})" for image, v in values if not math.isfinite(v)]
+        if without:
+            found["left out"][metric] = ", ".join(without)
+    return found
+
+
+def _measure(pairs: list[tuple[Row, Any]], problems: list[str]) -> None:
+    """Count and time one output of 1280x720 (x3: 1281x720); the networks take turns."""
+    timed: list[tuple[Row, Callable[[], None]]] = []
+    for row, model in pairs:
+        window = row.opt["network_g"].get("window_size", 1)  # SwinIRModel pads to it
+        width, height = (-(-side // (row.opt["scale"] * window)) * window for side in OUTPUT)
+        network = model.get_bare_model(model.net_g)
+        shape = 1, input_channels(network) or 3, height, width
+        try:
+            if row.parameters:  # bicubic has no counts, as in the paper
+                counts = counting.count(network, shape, row.opt["scale"])
+                row.values["mult_adds"] = counts["mult_adds"]
+            model.feed_data({"lq": torch.rand(shape), "lq_path": [""]})
+            model.test()  # warms up
+        except Exception as error:  # a network may fail on a size in any way
+            problems.append(f"{row.title}, time: {first_line(error)}")
         else:
-            row.values.update({f"{what} {metric}": found.get(metric) for metric in METRICS})
-    return any(
-        " " in key and value is not None for row in rows for key, value in row.values.items()
-    )
+            timed.append((row, model.test))
+    times = counting.times_in_turns([test for _, test in timed], ROUNDS)
+    for (row, _), turns in zip(timed, times, strict=True):
+        row.values["time_ms"] = statistics.median(turns)
 
 
-def _score(model: Any, opt: Options, loader: _Watched) -> Values:
-    """PSNR and SSIM by the model's own validation, which `mlrn test` runs too."""
-    model.validation(loader, current_iter=opt["name"], tb_logger=None, save_img=False)
-    metrics = opt["val"].get("metrics") or {}
-    return {
-        column: next(
-            (float(model.metric_results[n]) for n, m in metrics.items() if m["type"] == t), None
-        )
-        for column, t in METRICS.items()
-    }
-
-
-def _measure(model: Any, row: Row) -> Values:
-    """Multiply-adds and median time of one output of 1280x720 (x3: 1281x720)."""
-    scale = row.opt["scale"]
-    channels = 1 if any(opt.get("color") == "y" for opt in row.sets.values()) else 3
-    width, height = (math.ceil(side / scale) for side in OUTPUT)
-    lq = torch.rand(1, channels, height, width)
-    model.feed_data({"lq": lq, "lq_path": [""]})
-    with FlopCounterMode(display=False) as counter:  # the first run warms up as well
-        model.test()
-    seconds: list[float] = []
-    while len(seconds) < 5 or (sum(seconds) < 1 and len(seconds) < 100):
-        start = time.perf_counter()
-        model.test()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    del model.lq, model.output
-    # What learns nothing (bicubic) has no counts, as in the paper.
-    mult_adds = counter.get_total_flops() // 2 if row.parameters else None
-    return {"mult_adds": mult_adds, "time_ms": statistics.median(seconds) * 1e3}
-
-
-def _identity(row: Row) -> dict[str, Any]:
-    """What a network's figures depend on beside its weights and the images."""
-    opt = row.opt
-    network = ARCH_REGISTRY.get(opt["network_g"]["type"])
-    package = network.__module__.split(".")[0]
-    parts = [network, *vars(inspect.getmodule(network)).values()]
-    sources = {
-        inspect.getfile(part)
-        for part in parts
-        if inspect.isclass(part) or inspect.isfunction(part)
-        if part.__module__.startswith(package)
-    }
-    return {
-        **{key: opt[key] for key in ("model_type", "scale", "network_g")},
-        "precision": opt["val"].get("precision"),
-        "source": [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(sources)],
-        "torch": torch.__version__,
-        "gpu": opt["num_gpu"] > 0,
-    }
-
-
-def _stamp(dataset: Options, known: dict[tuple, str]) -> str:
+def _hash_of_images(dataset: Options, known: dict[tuple, str]) -> str:
     """SHA-256 over names and contents of a set's files."""
     roots = dataset.get("dataroot_gt"), dataset.get("dataroot_lq"), dataset.get("meta_info_file")
     if roots not in known:
         digest = hashlib.sha256()
-        for root in filter(None, roots):
-            folder = Path(root)
+        for folder in map(Path, filter(None, roots)):
             for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
                 if path.is_file() and path.name != "lock.mdb":
                     digest.update(f"{path.relative_to(folder)}\0".encode())
@@ -186,44 +180,21 @@ def _stamp(dataset: Options, known: dict[tuple, str]) -> str:
     return known[roots]
 
 
-def _cell(folder: Path, identity: dict[str, Any]) -> Path:
+def _cell(folder: Path, row: Row, dataset: Options, images: str) -> Path:
+    """The file that caches scores: its name is a hash of options, checkpoint and images."""
+    identity = {
+        "options": {key: value for key, value in row.opt.items() if key not in PLACES},
+        "load": [row.opt["path"].get(key) for key in ("param_key_g", "strict_load_g")],
+        "dataset": {k: v for k, v in dataset.items() if not k.startswith("dataroot")},
+        "weights": row.weights,
+        "images": images,
+    }
     text = json.dumps(identity, sort_keys=True, default=str)
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-
-
-def _load(cell: Path) -> Values | None:
-    try:
-        return json.loads(cell.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def save(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-class _Watched:
-    """A loader that moves a progress bar on and knows at which image it is."""
-
-    def __init__(self, loader: Any, bar: tqdm) -> None:
-        self.loader, self.bar, self.dataset = loader, bar, loader.dataset
-        self.left, self.image = len(loader), ""
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)
-        for paths in self.dataset.paths:
-            self.image = Path(paths["lq_path"] if isinstance(paths, dict) else paths).name
-            try:
-                batch = next(batches)
-            except Exception as error:  # a broken file can fail in any way
-                raise UserError(f"it or its partner cannot be read ({first_line(error)})") from None
-            yield batch
-            self.bar.update()
-            self.left -= 1
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mlrn_arch.tools.compare.scoring import Row, save
+from mlrn_arch.tools.compare.scoring import ROUNDS, Row, save
 
 # How a column is printed: its unit, the format of a number of units, what follows it.
 FORMATS = {
@@ -89,7 +89,7 @@ def write(rows: list[Row], folder: Path, where: str, with_paper: bool) -> list[s
     )
     notes = [
         f"Mult-Adds and time of one output of 1280x720; time on {where}, torch "
-        f"{torch.__version__}, median of at least 5 runs.",
+        f"{torch.__version__}, median of {ROUNDS} rounds, the networks in turns.",
         "Best **bold**, second <u>underlined</u>, per scale.",
     ]
     if with_paper:
@@ -98,7 +98,8 @@ def write(rows: list[Row], folder: Path, where: str, with_paper: bool) -> list[s
         ways = {str(row.opt["val"].get("metrics")) for row in rows if row.opt["scale"] == scale}
         if len(ways) > 1:
             notes.append(f"Not comparable at x{scale}: the option files differ in val:metrics.")
-    text += "\n" + "\n".join(notes) + "\n"
+    left_out = [note for row in rows for note in row.left_out]
+    text += "\n" + "\n".join(notes + left_out) + "\n"
     print(text)
 
     save(folder / "table.md", text)
@@ -116,7 +117,8 @@ def write(rows: list[Row], folder: Path, where: str, with_paper: bool) -> list[s
         )
         records.append(record)
     about = {"machine": where, "torch": torch.__version__, "output": "1280x720"}
-    save(folder / "table.json", json.dumps({**about, "rows": records}, indent=1) + "\n")
+    about |= {"left_out": left_out, "rows": records}
+    save(folder / "table.json", json.dumps(about, indent=1, allow_nan=False) + "\n")
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(records[0])
