@@ -99,7 +99,14 @@ def check(opt: Options) -> Iterator[str]:
         yield "datasets: is empty"
     yield from _check_logger(opt["logger"], "debug" in opt["name"])
     channels = _input_channels(opt["network_g"])
-    for key, dataset in opt["datasets"].items():
+    datasets, absent = opt["datasets"], absent_sets(opt["datasets"])
+    if not opt["is_train"] and 1 < len(absent) == len(datasets):
+        yield (
+            f"datasets: none of these exists: {', '.join(absent.values())}; one is enough, and "
+            "`mlrn prepare` makes it (see datasets/README.md)"
+        )
+        datasets = {}
+    for key, dataset in datasets.items():
         where = f"datasets:{key}"
         if dataset["phase"] not in (("train", "val") if opt["is_train"] else ("val", "test")):
             yield f"{where}: BasicSR knows datasets by the names train, val and test (test_1, ...)"
@@ -135,6 +142,15 @@ def check(opt: Options) -> Iterator[str]:
         metrics, best = (val or {}).get("metrics") or {}, (val or {}).get("save_best")
         if best is not None and best not in metrics:
             yield f"val:save_best: {unknown(best, metrics)}; it must be one of val:metrics"
+
+
+def absent_sets(datasets: Options) -> dict[str, str]:
+    """The data sets of which no folder exists, each with its first folder."""
+    roots = {
+        key: [dataset[name] for name in ("dataroot_gt", "dataroot_lq") if dataset.get(name)]
+        for key, dataset in datasets.items()
+    }
+    return {k: r[0] for k, r in roots.items() if r and not any(os.path.exists(p) for p in r)}
 
 
 def _check_logger(logger: Options, debug: bool) -> Iterator[str]:
@@ -240,6 +256,9 @@ def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[
         yield f"{key}:upscale: is {upscale} but scale is {opt['scale']}; make them equal"
 
     path, paths = opt["path"].get(f"pretrain_{key}"), opt["path"]
+    untrained = path is None and next(network.parameters(), None) is not None
+    if untrained and key == "network_g" and not opt["is_train"]:
+        yield f"path:pretrain_{key}: is missing; the scores would be those of random weights"
     if path is None or ignore_checkpoint:
         return
     which = key.split("_", 1)[1]

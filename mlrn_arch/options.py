@@ -227,15 +227,14 @@ def _set_defaults_and_paths(opt: Options) -> list[str]:
         dataset["phase"] = key.split("_")[0]
         if "scale" in opt:
             dataset["scale"] = opt["scale"]
-        roots = [name for name in ("dataroot_gt", "dataroot_lq") if dataset.get(name)]
-        for name in (*roots, "meta_info_file"):
+        for name in ("dataroot_gt", "dataroot_lq", "meta_info_file"):
             if dataset.get(name):  # a shell's completion ends folders in a slash
                 dataset[name] = os.path.normpath(os.path.expanduser(dataset[name]))
-        # A benchmark set that was never prepared is no fault of the option file.
-        if not opt["is_train"] and roots and not any(os.path.exists(dataset[n]) for n in roots):
-            notes.append(f"Skipping {dataset.get('name', key)}: no {dataset[roots[0]]}")
-            if len(opt["datasets"]) > 1:
-                del opt["datasets"][key]
+    if not opt["is_train"]:  # a benchmark set that was never prepared is no fault
+        absent = checks.absent_sets(opt["datasets"])
+        if len(absent) < len(opt["datasets"]):
+            for key, root in absent.items():
+                notes.append(f"Skipping {opt['datasets'].pop(key).get('name', key)}: no {root}")
 
     for key, value in opt["path"].items():
         if value is not None and ("resume_state" in key or "pretrain_network" in key):

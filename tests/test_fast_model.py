@@ -453,6 +453,7 @@ def test_an_image_that_only_decoding_shows_to_be_broken(
     assert (tmp_path / "experiments/tiny/models/net_g_latest.pth").exists()
 
     test_options["datasets"]["test_1"]["dataroot_gt"] = str(tmp_path / "gt")
+    test_options["network_g"] = {"type": "Bicubic", "upscale": 2}
     path = write_yaml(tmp_path / "test.yml", test_options)
     code, _, err = mlrn_here("test", "-opt", path)
     assert code == 2 and "Traceback" not in err

@@ -113,7 +113,7 @@ def test_test_takes_a_shipped_network(network, tmp_path, test_options):
     assert opt["val"]["save_img"] and args.opt == "options/test_MLRN_x2.yml"
     for text, told in {
         "x3": re.escape(str(shipped.option_files()["test_MLRN_x3"]))
-        + r" has [\s\S]* no such folder",
+        + r" has [\s\S]* none of these exists",
         NAMED: f"names no checkpoint; write {NAMED}:CHECKPOINT",
         "RLFN:upscale=2:net.pth": "net.pth is not a checkpoint of this RLFN",
     }.items():

@@ -135,6 +135,7 @@ def test_what_the_headers_of_test_images_tell(tmp_path, test_options, paired_dat
 def test_a_meta_file_in_the_home_folder_with_an_empty_line(
     tmp_path, test_options, paired_data, monkeypatch
 ):
+    test_options["network_g"] = {"type": "Bicubic", "upscale": 2}
     monkeypatch.setenv("HOME", str(tmp_path))
     test_options["datasets"]["test_1"]["meta_info_file"] = "~/meta.txt"
     names = [f"image{i}.png (64,64,3)\n" for i in range(8)]
@@ -306,6 +307,7 @@ def test_what_needs_a_gpu_is_adapted_and_said(tmp_path, train_options):
 
 
 def test_a_test_set_that_is_not_on_disk_is_skipped(tmp_path, test_options):
+    test_options["network_g"] = {"type": "Bicubic", "upscale": 2}
     sets = test_options["datasets"]
     sets["test_2"] = {**sets["test_1"], "name": "B100", "dataroot_gt": "no", "dataroot_lq": "no"}
     opt, _, notes = read(tmp_path, test_options, "test")
@@ -313,6 +315,17 @@ def test_a_test_set_that_is_not_on_disk_is_skipped(tmp_path, test_options):
     del sets["test_1"]
     with pytest.raises(UserError, match="datasets:test_2:dataroot_gt: no such folder"):
         read(tmp_path, test_options, "test")
+    sets["test_3"] = {**sets["test_2"], "name": "Urban100", "dataroot_gt": "nor"}
+    with pytest.raises(UserError, match="has 1 fault.*\n.*none of these exists: no, nor; one"):
+        read(tmp_path, test_options, "test")
+
+
+def test_random_weights_are_not_scored(tmp_path, test_options):
+    test_options["path"]["pretrain_network_g"] = None
+    with pytest.raises(UserError, match="path:pretrain_network_g: is missing; .* random weights"):
+        read(tmp_path, test_options, "test")
+    test_options["network_g"] = {"type": "Bicubic", "upscale": 2}
+    read(tmp_path, test_options, "test")
 
 
 def test_the_command_ends_without_traceback(tmp_path, train_options):
@@ -324,6 +337,7 @@ def test_the_command_ends_without_traceback(tmp_path, train_options):
     assert "Traceback" not in result.stdout
 
 
+NOT_HERE = re.compile("no such folder|no such file|none of these exists")
 OPTION_FILES = sorted((REPOSITORY / "options").rglob("*.yml"))
 
 
@@ -335,7 +349,7 @@ def test_shipped_option_files(path, tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         options.read(phase, ["-opt", str(path)])
     faults = str(error.value).split("\n  - ")[1:]
-    assert faults and all("no such folder" in f or "no such file" in f for f in faults)
+    assert faults and all(NOT_HERE.search(fault) for fault in faults)
 
 
 @pytest.mark.parametrize("page", ["README.md", "options/README.md"])
@@ -350,7 +364,7 @@ def test_commands_of_the_pages(page, tmp_path, monkeypatch):
         with pytest.raises(UserError) as error:
             options.read(phase, shlex.split(arguments))
         faults = str(error.value).split("\n  - ")[1:]
-        assert faults and all("no such folder" in f or "no such file" in f for f in faults)
+        assert faults and all(NOT_HERE.search(fault) for fault in faults)
 
 
 def test_recipe_is_the_papers():
