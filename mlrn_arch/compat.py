@@ -21,6 +21,11 @@ from typing import Any
 
 import torch
 import torchvision.transforms.functional as tv_functional
+from PIL import Image, PngImagePlugin
+
+# Large photographs, and profiles and prompts of some MB, are no attack here.
+Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 # torchvision 0.17 removed this module; BasicSR's degradations.py imports one function from it.
 _NAME = "torchvision.transforms.functional_tensor"

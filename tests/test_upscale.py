@@ -167,6 +167,43 @@ def test_networks_for_y_keep_the_colours_of_bicubic(tmp_path):
     assert np.abs(((output * luma).sum(-1) + 16) / 255 - y[0, 0].numpy()).max() < 1e-4
 
 
+def test_pil_images_and_arrays_that_cannot_be_written_to(network, recwarn):
+    upscaler, image = Upscaler(network, **EXACT), smooth(30, 44, 3)
+    array = image.copy()
+    array.flags.writeable = False
+    expected = upscaler(image)
+    assert np.array_equal(upscaler(array), expected)
+    output = upscaler(Image.fromarray(image))
+    assert output.mode == "RGB" and np.array_equal(np.asarray(output), expected)
+    assert not [w for w in recwarn if "writ" in str(w.message)]
+    with pytest.raises(ValueError, match=r"mode P; use image.convert\('RGB'\)"):
+        upscaler(Image.fromarray(image).quantize(8))
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (np.full((30, 44, 3), 200.0), r"must be in \[0, 1\], not from 200 to 200"),
+        (np.linspace(-1, 1, 2700).reshape(30, 30, 3), r"not from -1 to 1"),
+        (np.full((30, 44), np.nan), r"not from nan to nan"),
+        (np.zeros((0, 0, 3), np.uint8), r"not \(0, 0, 3\)"),
+        (np.zeros((3, 30, 44), np.uint8), r"transpose it: image.transpose\(1, 2, 0\)"),
+        (np.zeros((30, 44, 3), np.int64), "int64"),
+        (np.zeros((2, 30, 44, 3), np.uint8), "(2, 30, 44, 3)"),
+        (torch.zeros(3, 30, 44), "(n, c, h, w)"),
+        (torch.full((1, 3, 30, 44), 2.0), "not from 2 to 2"),
+    ],
+)
+def test_what_is_no_image(network, image, reason):
+    with pytest.raises(ValueError, match=reason):
+        Upscaler(network, **EXACT)(image)
+
+
+def test_values_slightly_outside_are_fine(network):
+    image = smooth(30, 44, 3) / 255 * 1.2 - 0.1
+    assert np.abs(Upscaler(network, **EXACT)(image) - direct(network, image)).max() < 1e-5
+
+
 # --- tiles --------------------------------------------------------------------------------------
 
 
@@ -258,6 +295,14 @@ def test_tiles_of_a_network_with_esa(kind, self_ensemble, backend):
     whole = Upscaler(network, **plain)(image)
     tiled = {**plain, "backend": backend, "tile": 192}
     difference = np.abs(Upscaler(network, **tiled)(image) - whole) * 255
+    assert difference.mean() < 0.01 and difference.max() < 1
+
+
+@pytest.mark.parametrize("size", [(1100, 12, 3), (5, 640, 4), (700, 1, 3)])
+def test_tiles_of_an_image_that_is_narrower_than_the_network_needs(network, size):
+    image = smooth(*size) / 255
+    whole, tiled = (Upscaler(network, **EXACT, tile=tile)(image) for tile in (2000, 192))
+    difference = np.abs(tiled - whole) * 255
     assert difference.mean() < 0.01 and difference.max() < 1
 
 
@@ -394,7 +439,8 @@ def test_what_exif_says_is_kept_in_every_format(run, tmp_path, name, format):
     assert (code, err) == (0, "")
     with Image.open(tmp_path / f"upscaled/{name[:-4]}_x2.{format}") as image:
         kept = image.getexif()
-        assert (kept[0x010F], kept[0x011A]) == ("A maker", 300)
+        # the resolution is that of the input and left out; Pillow reads 1 where a TIFF has none
+        assert (kept[0x010F], kept.get(0x011A, 1)) == ("A maker", 1)
         # not the size of the input, nor where in its file something was
         assert kept.get_ifd(0x8769) == {tag: v for tag, v in shot.items() if tag == 0x829A}
         assert kept.get_ifd(0x8825) == place
@@ -410,13 +456,175 @@ def test_exif_that_a_jpeg_cannot_hold_is_left_behind_with_a_line(run, tmp_path):
         assert image.size == (88, 60) and not image.getexif()
 
 
+def over_black(file) -> np.ndarray:
+    """What a TIFF with straight alpha shows over black, in [0, 255]."""
+    image = tifffile.imread(file)
+    top = np.iinfo(image.dtype).max
+    return image[..., :-1] / top * image[..., -1:] / top * 255
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_premultiplied_transparency(run, tmp_path, channels):
+    """The same picture premultiplied and straight, at 8 and 16 bits (TIFF 6.0, ExtraSamples)."""
+    photometric = "rgb" if channels == 4 else "minisblack"
+    image = smooth(40, 60, channels, 65535)
+    colours, alpha = image[..., :-1].astype(float), image[..., -1:] / 65535
+    premultiplied = np.concatenate([np.rint(colours * alpha), image[..., -1:]], -1)
+    files = {
+        "straight": (image, "unassalpha"),
+        "deep": (premultiplied.astype(np.uint16), "assocalpha"),
+        "flat": (np.rint(premultiplied / 257).astype(np.uint8), "assocalpha"),
+    }
+    for name, (array, kind) in files.items():
+        how = {"photometric": photometric, "extrasamples": [kind], "planarconfig": "contig"}
+        tifffile.imwrite(tmp_path / f"{name}.tif", array, **how)
+    code, _, err = run("straight.tif", "deep.tif", "flat.tif")
+    assert (code, err) == (0, "")
+    straight, deep, flat = (over_black(tmp_path / f"upscaled/{name}_x2.tif") for name in files)
+    assert straight.shape == (80, 120, channels - 1)
+    assert np.abs(deep - straight).max() < 0.05 and np.abs(flat - straight).max() < 3
+
+
+@pytest.mark.parametrize("top", [255, 65535])
+def test_an_extra_channel_that_is_no_transparency(run, tmp_path, network, top):
+    image = smooth(30, 44, 4, top)
+    how = {"photometric": "rgb", "extrasamples": ["unspecified"]}
+    tifffile.imwrite(tmp_path / "a.tif", image, **how)
+    code, _, err = run("a.tif")
+    assert code == 0 and "without an extra channel" in err
+    output = tifffile.imread(tmp_path / "upscaled/a_x2.tif")
+    assert np.abs(output - rounded(direct(network, image[..., :3] / top), top)).max() <= 2
+
+
+@pytest.mark.parametrize("lzw", [False, True])
+def test_deep_tiffs_of_other_layouts(tmp_path, lzw):
+    image = smooth(30, 44, 3, 65535)
+    if lzw:
+        cv2.imwrite(str(tmp_path / "a.tif"), image[..., ::-1], [cv2.IMWRITE_TIFF_COMPRESSION, 5])
+    else:
+        how = {"photometric": "rgb", "planarconfig": "separate", "byteorder": ">"}
+        tifffile.imwrite(tmp_path / "a.tif", image.transpose(2, 0, 1), **how)
+    assert np.array_equal(image_files.read(tmp_path / "a.tif").array, image)
+
+
+def test_deep_cmyk_is_read_at_eight_bits(run, tmp_path, network):
+    image = smooth(30, 44, 4, 65535)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="separated")
+    code, _, err = run("a.tif")
+    assert code == 0 and "16-bit CMYK is read at 8 bits" in err
+    # as it is without a profile: every ink and black take away from white
+    inks = image / 65535
+    expected = direct(network, (1 - inks[..., :3]) * (1 - inks[..., 3:]))
+    output = np.asarray(Image.open(tmp_path / "upscaled/a_x2.tif"))
+    assert np.abs(output - np.clip(expected, 0, 1) * 255).max() < 3
+
+
+# What ICC.1 requires of a profile's header; no reader here looks further.
+GREY = ICC[:16] + b"GRAY" + ICC[20:]
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def add_to_png(file, *chunks: bytes) -> None:
+    """Put chunks behind the header of a PNG."""
+    data = file.read_bytes()
+    file.write_bytes(data[:33] + b"".join(chunks) + data[33:])
+
+
+@pytest.mark.parametrize(
+    ("channels", "top", "profile", "kept"),
+    [(1, 255, GREY, True), (1, 255, ICC, False), (2, 255, GREY, True), (3, 255, GREY, False),
+     (1, 65535, GREY, True), (1, 65535, ICC, False), (2, 65535, GREY, False)],
+)  # fmt: skip
+def test_a_profile_fits_the_pixels_or_is_left_out(run, tmp_path, channels, top, profile, kept):
+    """PNG 11.3.2.3: greyscale images have a greyscale profile, and colour ones none."""
+    file, image = tmp_path / "a.png", smooth(30, 44, channels, top)
+    height, width = image.shape[:2]
+    colour = {1: 0, 2: 4, 3: 2}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 8 if top == 255 else 16, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in image)
+    chunks = [(b"IHDR", header), (b"iCCP", b"p\0\0" + zlib.compress(profile))]
+    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks))
+    code, _, err = run(file)
+    assert code == 0 and ("without its colour profile" in err) != kept
+    with Image.open(tmp_path / "upscaled/a_x2.png") as output:
+        assert output.info.get("icc_profile") == (profile if kept else None)
+
+
+def test_colours_that_a_png_describes_by_other_means_are_named(run, tmp_path):
+    srgb = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+    chunks = {
+        "usual": png_chunk(b"gAMA", struct.pack(">I", 45455)) + png_chunk(b"cHRM", srgb),
+        "linear": png_chunk(b"gAMA", struct.pack(">I", 100000)),
+        "wide": png_chunk(b"cHRM", srgb[:8] + struct.pack(">I", 70000) + srgb[12:]),
+        "film": png_chunk(b"cICP", bytes([9, 16, 0, 1])),
+    }
+    for name, data in chunks.items():
+        Image.fromarray(smooth(30, 44, 3)).save(tmp_path / f"{name}.png")
+        add_to_png(tmp_path / f"{name}.png", data)
+    code, _, err = run("*.png")
+    assert code == 0 and len(err.splitlines()) == 3 and "usual" not in err
+    assert err.count("without its gAMA, cHRM or cICP chunk") == 3
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
+def test_the_resolution_is_left_out(run, tmp_path, suffix):
+    Image.fromarray(smooth(30, 44, 3)).save(tmp_path / f"a{suffix}", dpi=(300, 300))
+    assert run(f"a{suffix}")[0] == 0
+    data = (tmp_path / f"upscaled/a_x2{suffix}").read_bytes()
+    if suffix == ".bmp":
+        assert struct.unpack("<2i", data[38:46]) == (0, 0)
+    elif suffix == ".jpg":
+        assert data[6:11] == b"JFIF\0" and data[13] == 0  # no unit
+    elif suffix == ".png":
+        assert b"pHYs" not in data
+    else:
+        tags = tifffile.TiffFile(io.BytesIO(data)).pages.first.tags
+        assert not {282, 283, 296} & {tag.code for tag in tags}
+
+
+def test_text_and_profiles_of_megabytes(run, tmp_path):
+    image, noise = Image.fromarray(smooth(30, 44, 3)), np.random.default_rng(0).bytes(1_200_000)
+    image.save(tmp_path / "text.png")
+    add_to_png(tmp_path / "text.png", png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21))))
+    profile = struct.pack(">I", len(ICC) + len(noise)) + ICC[4:] + noise
+    image.save(tmp_path / "photo.jpg", icc_profile=profile)
+    code, _, err = run("text.png", "photo.jpg", "--format", "png")
+    assert (code, err) == (0, "")
+    code, _, err = run("upscaled", "-o", "again")
+    assert (code, err) == (0, "")
+    with Image.open(tmp_path / "again/photo_x2_x2.png") as output:
+        assert output.size == (176, 120) and output.info["icc_profile"] == profile
+
+
+def test_lossless_webp_stays_lossless(run, tmp_path, network):
+    image = smooth(30, 44, 3)
+    Image.fromarray(image).save(tmp_path / "a.webp", lossless=True, icc_profile=ICC)
+    Image.fromarray(image).save(tmp_path / "b.webp", icc_profile=ICC)
+    assert run("*.webp")[0] == 0
+    expected = rounded(direct(network, image / 255), 255)
+    assert near(np.asarray(Image.open(tmp_path / "upscaled/a_x2.webp")), expected)
+    assert b"VP8L" not in (tmp_path / "upscaled/b_x2.webp").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a.tiff"])
+def test_a_line_says_which_format_has_no_exif(run, tmp_path, name):
+    exif = Image.Exif()
+    exif[0x010F] = "A maker"
+    tags = [np.frombuffer(exif.tobytes().removeprefix(b"Exif\0\0"), np.uint8)]
+    deep = smooth(30, 44, 3, 65535)
+    cv2.imwriteWithMetadata(str(tmp_path / "a.png"), deep, [cv2.IMAGE_METADATA_EXIF], tags)
+    code, _, err = run("a.png", "-o", name)
+    assert code == 0 and "EXIF" in err and len(err.splitlines()) == 1
+
+
 def test_a_deep_png_with_one_transparent_grey(tmp_path):
     image = smooth(30, 44, 1, 65535)
-    kind = b"tRNS" + struct.pack(">H", image[5, 5, 0])
-    chunk = struct.pack(">I", 2) + kind + struct.pack(">I", zlib.crc32(kind))
-    data = cv2.imencode(".png", image)[1].tobytes()
-    start = data.index(b"IDAT") - 4
-    (tmp_path / "a.png").write_bytes(data[:start] + chunk + data[start:])
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    add_to_png(tmp_path / "a.png", png_chunk(b"tRNS", struct.pack(">H", image[5, 5, 0])))
     array = image_files.read(tmp_path / "a.png").array
     opaque = 65535 * (image != image[5, 5])
     assert np.array_equal(array, np.concatenate([image, opaque], axis=-1))
@@ -465,12 +673,11 @@ def test_what_is_there_is_kept_and_what_is_bad_is_named(run, tmp_path):
     whole = (photos / "good.png").read_bytes()
     (photos / "torn.png").write_bytes(whole[: len(whole) // 2])
     (photos / "text.jpg").write_text("no image")
-    planes = smooth(30, 30, 3, 65535).transpose(2, 0, 1)
-    tifffile.imwrite(photos / "planes.tif", planes, photometric="rgb", planarconfig="separate")
+    tifffile.imwrite(photos / "float.tif", np.zeros((9, 9, 3), np.float32), photometric="rgb")
     code, out, err = run(photos, "absent.png", "-o", "large", "--format", "jpg")
     assert code == 1 and "1 upscaled, 5 not: large, x2 by " in out and " on torch, " in out
     assert len(err.splitlines()) == 5 and "Traceback" not in err
-    for name in ("torn.png", "text.jpg", "planes.tif", "glass.png", "absent.png"):
+    for name in ("torn.png", "text.jpg", "float.tif", "glass.png", "absent.png"):
         assert sum(name in line for line in err.splitlines()) == 1
     assert [f.name for f in (tmp_path / "large").iterdir()] == ["good_x2.jpg"]
 
@@ -481,18 +688,52 @@ def test_what_is_there_is_kept_and_what_is_bad_is_named(run, tmp_path):
     code, _, err = run(photos / "good.png", "-o", "large", "--format", "jpg", "--overwrite")
     assert (code, err) == (0, "") and output.read_bytes() != b"mine"
     code, _, err = run(photos / "good.png", "-o", photos / "good.png", "--overwrite")
-    assert code == 2 and "is an input" in err
+    assert code == 2 and "would be an input as well" in err
     assert (photos / "good.png").read_bytes() == whole
 
 
 def test_two_inputs_for_one_output(run, tmp_path):
-    for suffix in (".png", ".bmp"):
-        Image.fromarray(smooth(30, 30, 3)).save(tmp_path / f"a{suffix}")
-    code, _, err = run("a.*", "--format", "png")
-    assert code == 2 and "a.bmp and a.png would both become" in err
-    assert not (tmp_path / "upscaled").exists()
-    code, out, _ = run("a.*", "a.png")
-    assert code == 0 and "2 upscaled: upscaled" in out
+    for name in ("a.png", "a.bmp", "b.png"):
+        Image.fromarray(smooth(30, 30, 3)).save(tmp_path / name)
+    code, out, err = run("*.*", "--format", "png")
+    assert code == 1 and "1 upscaled, 2 not" in out and len(err.splitlines()) == 2
+    for name in ("a.bmp", "a.png"):
+        assert f"{name}: upscaled/a_x2.png would be the output of another input as well" in err
+    assert [file.name for file in (tmp_path / "upscaled").iterdir()] == ["b_x2.png"]
+    code, out, _ = run("a.*", "a.png", "-o", "both")
+    assert code == 0 and "2 upscaled: both" in out
+
+
+@pytest.mark.parametrize("output", ["upscaled", "."])
+def test_an_output_is_no_input_of_the_next_run(run, tmp_path, output):
+    (tmp_path / "below").mkdir()
+    for name in ("a.png", "below/b.png"):
+        Image.fromarray(smooth(30, 30, 3)).save(tmp_path / name)
+    assert "2 upscaled" in run(".", "-r", "-o", output)[1]
+    code, out, err = run(".", "-r", "-o", output)
+    assert (code, err) == (0, "") and "0 upscaled, 2 already there" in out
+    made = {path.relative_to(tmp_path / output) for path in tmp_path.rglob("*_x2*.png")}
+    assert {str(path) for path in made} == {"a_x2.png", "below/b_x2.png"}
+    # named itself, an output may be upscaled again, but not be replaced
+    code, out, err = run("a.png", tmp_path / output / "a_x2.png", "-o", output, "--overwrite")
+    assert code == 1 and "a_x2.png would be an input as well" in err and "1 upscaled" in out
+    assert (tmp_path / output / "a_x2_x2.png").exists()
+
+
+def test_a_folder_stands_for_all_images_that_can_be_read(run, tmp_path):
+    (tmp_path / "photos/.hidden").mkdir(parents=True)
+    frames = [Image.fromarray(smooth(30, 44, 3)), Image.new("RGB", (44, 30))]
+    frames[0].save(tmp_path / "photos/a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "photos/b", "PNG")
+    frames[0].save(tmp_path / "photos/.hidden/c.png")
+    (tmp_path / "photos/readme.txt").write_text("P6 is no image")
+    code, out, err = run("photos", "-r")
+    assert code == 0 and "2 upscaled" in out
+    assert err == "mlrn upscale: photos/a.gif: only the first of its 2 frames or pages\n"
+    assert sorted(f.name for f in (tmp_path / "upscaled").iterdir()) == ["a_x2.png", "b_x2.png"]
+    code, _, err = run("photos/a.gif", "-o", "out.gif")
+    assert code == 2 and "-o out.gif: .gif is not written; use png" in err
+    assert not (tmp_path / "out.gif").exists()
 
 
 def test_folders_below_keep_their_places(run, tmp_path):
@@ -593,6 +834,8 @@ def test_a_scale_stands_for_its_shipped_weights(network, option_file):
     for model in (network, option_file):
         with pytest.raises(UserError, match="is an x2 one, not x3"):
             Upscaler(model, scale=3)
+    with pytest.raises(UserError, match="scale must be an integer, not '4'"):
+        Upscaler(scale="4")
     with pytest.raises(UserError, match="no network is named 'x5'"):
         Upscaler(scale=5)
 

@@ -33,7 +33,7 @@ class OnTile(nn.Module):
         self.tile = SimpleNamespace(shifts=None)
         for module in self.network.modules():
             if isinstance(module, ESA):
-                module.upsample = functools.partial(_interpolate, self.tile)
+                vars(module)["upsample"] = functools.partial(_interpolate, self.tile)
 
     @staticmethod
     def shifts(start: int, length: int, side: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Image files as arrays and back, with what belongs to them: bits, transparency, profile, EXIF."""
+"""Image files as arrays and back: bits, transparency, orientation, colour profile, EXIF."""
 
 from __future__ import annotations
 
@@ -6,38 +6,32 @@ import contextlib
 import io
 import math
 import os
+import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import tifffile
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
-Image.MAX_IMAGE_PIXELS = None  # large photographs are no attack here
+from mlrn_arch.errors import first_line
+
+FORMATS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMATS |= {".jpg": "JPEG", ".jpeg": "JPEG"}
+# Those and more are read, but not EPS, for which Pillow starts Ghostscript.
+READ = (*set(FORMATS.values()), "GIF", "AVIF", "JPEG2000", "PPM", "ICO", "PSD")
 LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that a format and its library allow
 _ORIENTATION, _EXIF_IFD, _GPS_IFD = 0x0112, 0x8769, 0x8825
-# Of the tags below 700 these describe the photograph; the others the layout of a TIFF file, which
-# is not that of our output.
-_DESCRIPTIVE = {269, 270, 271, 272, _ORIENTATION, 282, 283, 285, 296, 305, 306, 315, 316}
-_TURN = {
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a),
-}
+# Tags up to 700 that describe the photograph; the others describe the layout of a TIFF file.
+_DESCRIPTIVE = {269, 270, 271, 272, 285, 305, 306, 315, 316}
+_PAYLOADS = {33723, 34377, 34675, 37724}  # IPTC, Photoshop's, the profile, Photoshop's layers
+_SRGB = (0.45455, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # as in gAMA and cHRM
+_FLOAT = "floating-point pixels, whose range is not known"
+_EXTRA = "without an extra channel that the file does not call transparency"
 
 
 class BadImage(Exception):
@@ -46,27 +40,21 @@ class BadImage(Exception):
 
 @dataclass
 class Picture:
-    """What an image file holds.
+    """What an image file holds."""
 
-    Attributes:
-        array: uint8 or uint16, (h, w, c), upright; c is 1 (grey), 2 (and alpha), 3 (RGB) or 4.
-        icc: Its colour profile, or None.
-        exif: Its EXIF without the orientation and the size, or empty.
-        note: What of the file is not in here, or empty.
-    """
-
-    array: np.ndarray
+    array: np.ndarray  # uint8 or uint16, (h, w, c), upright; c is 1 to 4 as in `Upscaler`
     icc: bytes | None
-    exif: bytes
-    note: str
+    exif: bytes  # without orientation, size and resolution
+    notes: list[str]  # what of the file is not in here
+    lossless: bool = False  # a lossless WebP
 
 
 def size(path: Path) -> int:
-    """The pixels of an image by its header; 0 if it cannot be read."""
+    """The pixels of an image by its header; 0 if that cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=READ) as image:
             return image.width * image.height
-    except Exception:  # `read` tells
+    except Exception:  # `read` names the reason
         return 0
 
 
@@ -77,150 +65,170 @@ def read(path: Path) -> Picture:
         BadImage: It cannot be read, or has neither 8 nor 16 bits a channel.
     """
     try:
-        with Image.open(path) as image:
-            return _read(path, image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of metadata
+            return _read_deep_tiff(path) or _read(path)
     except BadImage:
         raise
     except UnidentifiedImageError:
         raise BadImage("not an image, broken, or of a kind that is not read here") from None
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
-    except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
-        raise BadImage(str(error) or type(error).__name__) from error
+    except Exception as error:  # a broken file makes the readers raise anything
+        raise BadImage(first_line(error)) from error
 
 
-def _read(path: Path, image: Image.Image) -> Picture:
-    layout = str(image.tile)  # before loading empties it
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
-    mode, icc, kept, note = image.mode.split(";")[0], image.info.get("icc_profile"), b"", ""
-    has_alpha = mode[-1] in "Aa" or "transparency" in image.info
-    grey = mode in ("1", "L", "LA", "La", "I") or "LA;16" in layout
-    if tags.get(284) == 2 and max(tags.get(258, [8])) > 8:
-        # Pillow and OpenCV both read it, wrongly.
-        raise BadImage("16 bits with each channel stored apart; save it interleaved")
-    if mode == "F":
-        raise BadImage("floating-point pixels, whose range is not known")
-    if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
-        note = f"only the first of its {frames} frames or pages"
-    if mode == "I" or ";16" in layout:
-        # Pillow would cut 16-bit colour to its upper 8 bits.
-        array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-        if array is None or array.dtype != np.uint16:
-            raise BadImage("broken, or neither of 8 nor of 16 bits a channel")
-        if array.ndim == 3:
-            order = [0, 3] if grey else [2, 1, 0, 3]
-            array = array[..., [c for c in order if c < array.shape[2]]]
-        elif has_alpha:  # of the one grey of a PNG that is transparent
-            alpha = np.where(array == image.info["transparency"], 0, 65535)
-            array = np.dstack([array, alpha.astype(np.uint16)])
-        if tags.get(262) == 0:  # white is zero, which OpenCV passes over
-            array = 65535 - array
-    else:
-        colours = image
-        if mode == "CMYK" and icc:
-            # A CMYK profile says nothing of RGB: convert by it, and leave it behind.
-            with contextlib.suppress(ImageCms.PyCMSError):
-                source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-                target = ImageCms.createProfile("sRGB")
-                colours = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-        if not grey and mode not in ("P", "PA") and not mode.startswith("RGB"):
-            icc = None
-        wanted = ("L" if grey else "RGB") + "A" * has_alpha
-        # convert() copies, which a large image need not
-        array = np.array(colours if colours.mode == wanted else colours.convert(wanted))
-    exif = image.getexif()  # after loading, for that goes by it
-    # Both readers turn a TIFF, and only that, themselves.
-    turn = _TURN.get(exif.get(_ORIENTATION) if image.format != "TIFF" else 1, np.asarray)
-    try:
-        kept = _kept(exif)
-    except Exception:  # EXIF may be broken in as many ways as there are cameras
-        note = "without its EXIF, which is broken"
-    array = array.reshape(*array.shape[:2], -1)
-    return Picture(np.ascontiguousarray(turn(array)), icc, kept, note)
-
-
-def _kept(exif: Image.Exif) -> bytes:
-    """EXIF for another file: upright, without the old size and the layout of a TIFF file."""
-    for tag in [t for t in exif if t < 700 and t not in _DESCRIPTIVE or t == 34675]:
-        del exif[tag]
-    if _ORIENTATION in exif:
-        exif[_ORIENTATION] = 1
-    if _EXIF_IFD in exif:  # get_ifd would make it
-        for tag in (0xA002, 0xA003, 0xA005):  # the size, and a pointer that Pillow leaves as it was
-            exif.get_ifd(_EXIF_IFD).pop(tag, None)
-    return exif.tobytes() if len(exif) else b""
-
-
-def check(path: Path, shape: tuple[int, int, int]) -> None:
-    """Refuse an image, (h, w, c), that the format of `path` cannot hold.
-
-    Raises:
-        BadImage: It is too large, or has transparency.
-    """
-    kind = FORMATS[path.suffix.lower()]
-    height, width, channels = shape
-    if max(height, width) > LONGEST.get(kind, 2**31 - 1):
-        raise BadImage(
-            f"{width}x{height} is more than {kind} can hold ({LONGEST[kind]} pixels a side); "
-            "use --format png"
+def _read(path: Path) -> Picture:
+    with Image.open(path, formats=READ) as image:
+        layout = str(image.tile)  # loading empties it
+        mode, notes = image.mode.split(";")[0], []
+        grey = mode in ("1", "L", "LA", "La", "I") or "LA;16" in layout
+        if mode == "F":
+            raise BadImage(_FLOAT)
+        if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+            notes.append(f"only the first of its {frames} frames or pages")
+        if 0 in getattr(image, "tag_v2", {}).get(338, ()):
+            notes.append(_EXTRA)
+        if mode == "I" or ";16" in layout and mode != "CMYK":
+            array = _decode_deep(path, grey)
+            if array.shape[2] == 1 and "transparency" in image.info:  # one grey is transparent
+                alpha = np.where(array == image.info["transparency"], 0, 65535)
+                array = np.dstack([array, alpha.astype(np.uint16)])
+        else:
+            if ";16" in layout:
+                notes.append("16-bit CMYK is read at 8 bits")
+            colours: Image.Image = image
+            if mode == "CMYK":  # its profile says nothing of RGB and stays behind
+                with contextlib.suppress(KeyError, ImageCms.PyCMSError):
+                    source = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+                    srgb = ImageCms.createProfile("sRGB")
+                    rgb = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+                    colours = rgb or image
+            wanted = ("L" if grey else "RGB") + "A" * image.has_transparency_data
+            # convert() copies, which a large image need not
+            array = np.array(colours if colours.mode == wanted else colours.convert(wanted))
+        icc = None if mode == "CMYK" else image.info.get("icc_profile")
+        data = path.read_bytes() if image.format in ("PNG", "WEBP") else b""
+        found = [image.info.get("gamma", _SRGB[0]), *image.info.get("chromaticity", _SRGB[1:])]
+        other = not {"icc_profile", "srgb"} & image.info.keys() and not np.allclose(
+            found, _SRGB, 0.01
         )
-    if channels in (2, 4) and kind in ("JPEG", "BMP"):
-        raise BadImage(f"it has transparency, which {kind} cannot hold; use --format png")
+        if image.format == "PNG" and (other or b"cICP" in data.partition(b"IDAT")[0]):
+            notes.append("without its gAMA, cHRM or cICP chunk, so its colours may look different")
+        exif = image.getexif()  # after loading, which turns a TIFF
+        turn = 1 if image.format == "TIFF" else exif.get(_ORIENTATION, 1)
+        picture = _picture(array, turn, icc, exif, notes)
+        # The first image chunk of a WebP says whether it is lossless.
+        picture.lossless = re.findall(rb"VP8[L ]", data)[:1] == [b"VP8L"]
+        return picture
+
+
+def _read_deep_tiff(path: Path) -> Picture | None:
+    """A grey or RGB TIFF of 16 bits, which Pillow would cut to 8; None for any other file."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(tifffile.TiffFile(path))
+            page, frames = file.pages.first, len(file.pages)
+        except Exception:  # Pillow has the next try
+            return None
+        if page.dtype is not None and page.dtype.kind == "f":
+            raise BadImage(_FLOAT)
+        if page.dtype != np.uint16 or page.photometric not in (0, 1, 2):
+            return None
+        colours = 3 if page.photometric == 2 else 1
+        # LZW takes tifffile another package; OpenCV knows it, and turns the image as well.
+        if page.compression == tifffile.COMPRESSION.LZW and page.axes != "SYX":
+            array, turn = _decode_deep(path, colours == 1), 1
+        else:
+            array, turn = page.asarray(), page.tags.valueof(_ORIENTATION, 1)
+            array = np.moveaxis(array, 0, -1) if page.axes == "SYX" else array
+        array = array.reshape(*array.shape[:2], -1)
+        exif, notes = Image.Exif(), [f"only the first of its {frames} frames or pages"]
+        with contextlib.suppress(Exception), path.open("rb") as stream:
+            exif.load_from_fp(stream)
+        if page.photometric == 0:  # white is zero
+            array[..., 0] = 65535 - array[..., 0]
+        extra = (page.extrasamples or (2,))[0]  # straight alpha, if the file does not say
+        notes = notes[: frames - 1] + [_EXTRA] * (array.shape[2] > colours + (extra > 0))
+        array = array[..., : colours + (extra > 0)]
+        if extra == 1:  # premultiplied
+            alpha = array[..., colours:].astype(np.uint32)
+            straight = (array[..., :colours] * np.uint32(65535) + alpha // 2) // alpha.clip(1)
+            array[..., :colours] = straight.clip(max=65535)
+        return _picture(array, turn, page.iccprofile, exif, notes)
+
+
+def _decode_deep(path: Path, grey: bool) -> np.ndarray:
+    """16 bits a channel by OpenCV, (h, w, c) in the order of `Picture`."""
+    array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if array is None or array.dtype != np.uint16:
+        raise BadImage("broken, or neither of 8 nor of 16 bits a channel")
+    array = array.reshape(*array.shape[:2], -1)
+    order = [0] if array.shape[2] == 1 else [0, 3] if grey else [2, 1, 0, 3]
+    return array[..., [c for c in order if c < array.shape[2]]]
+
+
+def _picture(
+    array: np.ndarray, turn: int, icc: bytes | None, exif: Image.Exif, notes: list[str]
+) -> Picture:
+    array = array.reshape(*array.shape[:2], -1)
+    if icc and icc[16:20] != (b"GRAY" if array.shape[2] < 3 else b"RGB "):
+        notes.append(f"without its colour profile, which is for {icc[16:20]!r} pixels")
+        icc = None
+    if turn >= 5:
+        array = array.swapaxes(0, 1)
+    if turn in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        array = array[::-1]
+    kept = b""
+    try:
+        for tag in [t for t in exif if t <= 700 and t not in _DESCRIPTIVE or t in _PAYLOADS]:
+            del exif[tag]
+        if _EXIF_IFD in exif:  # get_ifd would make it
+            for tag in (0xA002, 0xA003, 0xA005):  # size, and a pointer that Pillow does not move
+                exif.get_ifd(_EXIF_IFD).pop(tag, None)
+        kept = exif.tobytes() if len(exif) else b""
+    except Exception:  # EXIF may be broken in as many ways as there are cameras
+        notes.append("without its EXIF, which is broken")
+    return Picture(np.ascontiguousarray(array), icc, kept, notes)
 
 
 def write(
-    path: Path,
-    bands: Iterable[np.ndarray],
-    shape: tuple[int, int, int],
-    dtype: np.dtype,
-    picture: Picture,
-    quality: int,
+    path: Path, bands: Iterable[np.ndarray], shape: tuple, picture: Picture, quality: int
 ) -> None:
     """Write an image file, whole or not at all.
 
-    Args:
-        path: Where to; the suffix says the format.
-        bands: The rows from top to bottom, (rows, w, c) each, of `dtype`.
-        shape: (h, w, c) of them all; `check` has nothing against it.
-        dtype: uint8, or uint16 for PNG and TIFF.
-        picture: Where profile and EXIF come from; its note says if the format cannot hold them.
-        quality: Of JPEG and WebP, 1 to 100.
+    `bands` are its rows from top to bottom, (rows, w, c), of `dtype(path, picture)`; `shape` is
+    (h, w, c) of the whole. Profile and EXIF are those of `picture`, whose notes get what the format
+    cannot hold. `quality`, 1 to 100, is that of JPEG and lossy WebP.
 
     Raises:
-        BadImage: The file cannot be written.
+        BadImage: The format cannot hold the image, or the file cannot be written.
     """
-    kind = FORMATS[path.suffix.lower()]
+    kind, y = FORMATS[path.suffix.lower()], 0
+    height, width, channels = shape
+    if max(height, width) > LONGEST.get(kind, 2**31 - 1):
+        most = f"{kind} can hold ({LONGEST[kind]} pixels a side)"
+        raise BadImage(f"{width}x{height} is more than {most}; use --format png")
+    if channels in (2, 4) and kind in ("JPEG", "BMP"):
+        raise BadImage(f"it has transparency, which {kind} cannot hold; use --format png")
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        if dtype == np.uint16:
-            array, y = np.empty(shape, dtype), 0
+        if dtype(path, picture) == np.uint16:
+            array = np.empty(shape, np.uint16)
             for band in bands:
                 array[y : y + len(band)] = band
                 y += len(band)
-            _write_deep(part, kind, array, picture)
+            (_write_deep_tiff if kind == "TIFF" else _write_deep_png)(part, array, picture)
         else:
-            mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[shape[2]]
+            mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
             # Filled band by band: an array of the whole output would double the memory.
-            image, y = Image.new(mode, shape[1::-1]), 0
+            image = Image.new(mode, (width, height))
             for band in bands:
                 image.paste(Image.fromarray(band.squeeze(-1) if mode == "L" else band), (0, y))
                 y += len(band)
-            options = {
-                "JPEG": {"quality": quality, "subsampling": 0},
-                "WEBP": {"quality": quality},
-            }.get(kind, {})
-            if kind == "JPEG" and len(picture.exif) > 65533:
-                picture.note = "without its EXIF, which is more than a JPEG holds"
-            elif picture.exif:
-                options["exif"] = picture.exif
-            if kind == "TIFF":
-                exif, large = Image.Exif(), math.prod(shape) > 4e9
-                exif.load(picture.exif)
-                if large or {_EXIF_IFD, _GPS_IFD} & exif.keys():
-                    options["big_tiff"] = large  # neither of them can Pillow write compressed
-                else:
-                    options["compression"] = "tiff_adobe_deflate"
-            image.save(part, kind, icc_profile=picture.icc, **options)
+            image.save(part, kind, **_options(kind, math.prod(shape) > 4e9, picture, quality))
         os.replace(part, path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -229,34 +237,67 @@ def write(
         part.unlink(missing_ok=True)
 
 
-def _write_deep(path: Path, kind: str, array: np.ndarray, picture: Picture) -> None:
-    channels = array.shape[2]
-    if kind == "TIFF":
-        import tifffile
+def dtype(path: Path, picture: Picture) -> np.dtype:
+    """The type of a picture's output: 8 bits in formats that hold no more."""
+    deep = FORMATS[path.suffix.lower()] in ("PNG", "TIFF")
+    return picture.array.dtype if deep else np.dtype(np.uint8)
 
-        tifffile.imwrite(
-            path,
-            array.squeeze(-1) if channels == 1 else array,
-            photometric="minisblack" if channels < 3 else "rgb",
-            planarconfig="contig" if channels > 1 else None,
-            extrasamples=["unassalpha"] if channels in (2, 4) else None,
-            compression="zlib",
-            bigtiff=array.nbytes > 4e9,
-            iccprofile=picture.icc,
-            metadata=None,
-        )
-        return
-    if channels == 2:  # OpenCV writes no grey with alpha
-        array = array[..., [0, 0, 0, 1]]
+
+def _options(kind: str, large: bool, picture: Picture, quality: int) -> dict[str, Any]:
+    """What Pillow saves an image of 8 bits a channel with."""
+    options: dict[str, Any] = {"icc_profile": picture.icc, "exif": picture.exif}
+    if kind == "JPEG":
+        options.update(quality=quality, subsampling=0)
+        if len(picture.exif) > 65533:
+            options["exif"] = b""
+            picture.notes.append("without its EXIF, which is more than a JPEG holds")
+    elif kind == "WEBP":
+        options.update(quality=quality, lossless=picture.lossless)
+    elif kind == "BMP":
+        options = {"dpi": (0, 0)}  # Pillow would claim 96
+        if picture.icc or picture.exif:
+            picture.notes.append("without colour profile and EXIF, which BMP cannot hold")
+    elif kind == "TIFF" and (large or {_EXIF_IFD, _GPS_IFD} & _tags(picture)):
+        options["big_tiff"] = large  # neither can Pillow write compressed
+    elif kind == "TIFF":
+        options["compression"] = "tiff_adobe_deflate"
+    return options
+
+
+def _tags(picture: Picture) -> set[int]:
+    exif = Image.Exif()
+    exif.load(picture.exif)
+    return set(exif)
+
+
+def _write_deep_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
+    channels = array.shape[2]
+    tifffile.imwrite(
+        path,
+        array.squeeze(-1) if channels == 1 else array,
+        photometric="minisblack" if channels < 3 else "rgb",
+        planarconfig="contig" if channels > 1 else None,
+        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        compression="zlib",
+        bigtiff=array.nbytes > 4e9,
+        iccprofile=picture.icc,
+        metadata=None,
+    )
+    if _tags(picture) - {270, 305}:  # more than a description and the software
+        picture.notes.append("without its EXIF, which is not written into 16-bit TIFF")
+
+
+def _write_deep_png(path: Path, array: np.ndarray, picture: Picture) -> None:
+    channels, icc = array.shape[2], picture.icc
+    if channels == 2:  # OpenCV writes no grey with alpha, and RGB may have no profile for grey
+        array, icc = array[..., [0, 0, 0, 1]], None
+        if picture.icc:
+            picture.notes.append("RGB without its colour profile, which is for grey")
     elif channels > 2:
         to_bgr = cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGBA2BGRA
         cv2.cvtColor(array, to_bgr, dst=array)
-    kinds, values = [], []
-    if picture.icc:
-        kinds.append(cv2.IMAGE_METADATA_ICCP)
-        values.append(np.frombuffer(picture.icc, np.uint8))
-    if picture.exif:
-        kinds.append(cv2.IMAGE_METADATA_EXIF)
-        values.append(np.frombuffer(picture.exif.removeprefix(b"Exif\0\0"), np.uint8))
-    if not cv2.imwriteWithMetadata(str(path), array, kinds, values):
+    exif = picture.exif.removeprefix(b"Exif\0\0")
+    blobs = {cv2.IMAGE_METADATA_ICCP: icc, cv2.IMAGE_METADATA_EXIF: exif}
+    chunks = {kind: np.frombuffer(blob, np.uint8) for kind, blob in blobs.items() if blob}
+    if not cv2.imwriteWithMetadata(str(path), array, list(chunks), list(chunks.values())):
         raise OSError(f"OpenCV could not write {path}")

@@ -9,23 +9,16 @@ import numpy as np
 def imresize(img: np.ndarray, scale: int) -> np.ndarray:
     """Shrink an image as MATLAB's `imresize(img, 1 / scale)` does: bicubic, antialiased.
 
-    The kernel is Keys' cubic (1981, a = -0.5) widened by the factor. As in MATLAB, rows come first
-    and their result is rounded to 8 bits before the columns; the image is mirrored at its border
-    (the edge pixel repeated).
+    The kernel is Keys' cubic (1981, a = -0.5) widened by `scale`, an integer >= 2. `img` is uint8,
+    H x W or H x W x C with C <= 4; each side of the result is the input's over `scale`, rounded up.
+    As in MATLAB, rows come first and their result is rounded to 8 bits before the columns; the
+    image is mirrored at its border, the edge pixel repeated.
 
-    The published LR images of Set5 and Set14 are reproduced exactly, but for the outermost 2 LR
-    pixels: they were made before the HR images were cropped to a multiple of the factor, and so saw
-    pixels that no longer exist.
-
-    Args:
-        img: uint8, H x W or H x W x C with C <= 4, any channel order, values 0 to 255.
-        scale: The factor, an integer >= 2.
-
-    Returns:
-        uint8, ceil(H / scale) x ceil(W / scale), with the channel axis the input has.
+    The published LR images of Set5 and Set14 are reproduced exactly, except for the outermost 2 LR
+    pixels: they were made before the HR images were cropped to a multiple of the factor.
 
     Raises:
-        ValueError: if `img` is not such an array or `scale` not such a number.
+        ValueError: Another image or scale.
     """
     if img.dtype != np.uint8 or img.ndim not in (2, 3) or img.size == 0 or img.shape[2:] > (4,):
         raise ValueError(f"expected uint8, H x W (x C <= 4), got {img.dtype} {img.shape}")
@@ -37,9 +30,8 @@ def imresize(img: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _shrink_rows(img: np.ndarray, scale: int) -> np.ndarray:
-    # For an integer factor every output row has the same taps, centred on its `scale` input rows.
-    # Multiplied by `unit` they are whole numbers: sums of whole numbers are exact in floating point
-    # in any order, and only the division below rounds.
+    # Every output row has the same taps, centred on its `scale` input rows. Multiplied by `unit`
+    # they are whole numbers, whose sums are exact in floating point; only the division rounds.
     first = -(3 * scale // 2)  # the taps that are not zero: input rows first to last, about its own
     x = np.abs(np.arange(first, scale - first) - (scale - 1) / 2) / scale
     unit = (2 if scale % 2 else 16) * scale**4

@@ -40,12 +40,8 @@ def choose(
 ) -> int:
     """The longest side of a tile that needs no more than half of what the output leaves.
 
-    Args:
-        shape: (h, w, c) of the image.
-        scale: Output size over input size.
-        item: Bytes of a value of the output.
-        pixel: Bytes that a network needs for an input pixel.
-        device: Where it runs.
+    `shape` is (h, w, c) of the image, `item` the bytes of a value of the output, and `pixel` the
+    bytes that the network needs for an input pixel.
     """
     height, width, channels = shape
     if device.type == "cuda":  # what torch's cache can give back is free, too

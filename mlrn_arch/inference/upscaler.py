@@ -7,10 +7,12 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from basicsr.utils.color_util import rgb2ycbcr_pt
+from PIL import Image
 from torch import Tensor, nn
 
 from mlrn_arch import sources
@@ -30,24 +32,20 @@ class Upscaler:
     """Super-resolve images of any size in memory.
 
     Args:
-        model: A network by one of the forms of `mlrn_arch.sources.FORMS`, such as `x4`; None, the
-            shipped one of `scale`, or the MLRN of which `weights` are; or a network itself,
-            (n, 3, h, w) or Y alone, (n, 1, h, w), in [0, 1] -> `scale` times that size.
-        scale: Output size over input size (None: the model's, without one 4).
+        model: A network as `mlrn_arch.sources.FORMS` lists them, such as `x4`; or an `nn.Module`,
+            (n, 3, h, w), or Y alone, (n, 1, h, w), in [0, 1] -> `scale` times that size. Without
+            it: the shipped network of `scale`, or the MLRN that `weights` belong to.
+        scale: Output size over input size (default: the model's, or 4).
         weights: A checkpoint that replaces the model's own.
-        backend: One of `mlrn_arch.inference.backends.NAMES`; None takes the quickest at hand.
-        device: `cpu`, `cuda` or `mps`; None takes an NVIDIA GPU if there is one.
+        backend: One of `mlrn_arch.inference.backends.NAMES` (default: the fastest installed). Once
+            an image was upscaled, the attribute of that name says which it was.
+        device: `cpu`, `cuda` or `mps` (default: an NVIDIA GPU if there is one).
         precision: `auto`, `fp32`, `bf16` or `fp16`.
-        tile: Longest side of a tile in input pixels; None chooses by the memory that is free.
-        self_ensemble: Average over the 8 flips and rotations: about 8 times the time.
-
-    Attributes:
-        network: The network in torch.
-        scale: Output size over input size, an integer.
-        backend: The back end that it ran on last; None before.
+        tile: Longest side of a tile in input pixels, at least 192 (default: by the free memory).
+        self_ensemble: Average over the 8 flips and rotations, in about 8 times the time.
 
     Raises:
-        UserError: The model or a file is not what it should be.
+        UserError: There is no such model, or it cannot be used.
     """
 
     def __init__(
@@ -62,6 +60,8 @@ class Upscaler:
         tile: int | None = None,
         self_ensemble: bool = False,
     ) -> None:
+        if not isinstance(scale, int | None):
+            raise UserError(f"scale must be an integer, not {scale!r}")
         if tile is not None and tile < tiles.SMALLEST:
             raise UserError(f"a tile must be at least {tiles.SMALLEST} pixels, not {tile}")
         self._device = backends.device_of(backend, device)
@@ -70,8 +70,8 @@ class Upscaler:
         else:
             if model is None and (scale or weights is None):
                 model = f"x{scale or 4}"
-            source, checkpoint = (name and os.fspath(name) for name in (model, weights))
-            self.network, _ = sources.load(source, checkpoint)
+            names = (None if name is None else os.fspath(name) for name in (model, weights))
+            self.network, _ = sources.load(*names)
         self.channels, self.scale = _probe(self.network)
         if scale not in (None, self.scale):
             raise UserError(f"this network is an x{self.scale} one, not x{scale}")
@@ -80,35 +80,28 @@ class Upscaler:
         shape = (1, self.channels, tiles.SMALLEST, tiles.SMALLEST)
         self._bytes = 2 * count(self.network, shape, self.scale)["peak_bytes"] / tiles.SMALLEST**2
         self._load = lambda network: backends.load(network, backend, self._device, precision)
+        self._runs: dict[bool, Callable[[Tensor], Tensor]] = {}
         self.backend: str | None = None
 
-    # Either takes seconds to prepare, and many a run needs one of them.
-    @functools.cached_property
-    def _run(self) -> Callable[[Tensor], Tensor]:
-        run = self._load(self.network)
-        self.backend = run.backend
-        return run
+    def _runner(self, on_tile: bool) -> Callable[[Tensor], Tensor]:
+        if on_tile not in self._runs:  # it takes seconds, and most images need one of the two
+            run = self._load(OnTile(self.network) if on_tile else self.network)
+            self._runs[on_tile], self.backend = run, run.backend
+        return self._runs[on_tile]
 
-    @functools.cached_property
-    def _run_tile(self) -> Callable[[Tensor], Tensor]:
-        run = self._load(OnTile(self.network))
-        self.backend = run.backend
-        return run
-
-    def __call__(self, image: np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """Upscale an image, or a batch of images.
+    def __call__(self, image: Any) -> Any:
+        """Upscale an image, or a batch of images, to `scale` times the size; the kind stays.
 
         Args:
-            image: An array, (h, w) or (h, w, c) with c = 1 (grey), 2 (grey, alpha), 3 (RGB) or
-                4 (RGB, alpha), uint8, uint16 or floating-point in [0, 1]; or a floating-point
-                tensor, (n, c, h, w) in [0, 1].
+            image: A PIL image (L, LA, RGB, RGBA); an array, (h, w) or (h, w, c) with c = 1 (grey),
+                2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha), uint8, uint16 or floating-point in
+                [0, 1]; or a floating-point tensor, (n, c, h, w) in [0, 1].
 
         Returns:
-            The same kind, `scale` times as high and wide. Floating-point values are nominally in
-            [0, 1], not clamped.
+            Floating-point values are nominally in [0, 1], not clamped.
 
         Raises:
-            ValueError: Another shape or type.
+            ValueError: Another shape, type or range.
         """
         if isinstance(image, Tensor):
             if image.ndim != 4 or not image.is_floating_point():
@@ -117,94 +110,112 @@ class Upscaler:
                 torch.cat(list(self.bands(one.movedim(0, -1)))).movedim(-1, 0) for one in image
             ]
             return torch.stack(outputs).to(image)
-        array = np.asarray(image)
-        if array.ndim not in (2, 3):
-            raise ValueError(f"an image must be (h, w) or (h, w, c), not {array.shape}")
-        height, width = array.shape[:2]
-        whole = torch.from_numpy(np.ascontiguousarray(array)).reshape(height, width, -1)
-        size = (height * self.scale, width * self.scale, whole.shape[2])
-        output, y = np.empty(size, array.dtype), 0
-        for band in self.bands(whole):
+        if isinstance(image, Image.Image):
+            if image.mode not in ("L", "LA", "RGB", "RGBA"):
+                raise ValueError(f"a PIL image of mode {image.mode}; use image.convert('RGB')")
+            return Image.fromarray(self(np.array(image)))
+        array = np.require(image, requirements=["C", "W"])  # torch warns of a read-only array
+        whole = torch.from_numpy(array[..., None] if array.ndim == 2 else array)
+        bands, (height, width, channels) = self.bands(whole), whole.shape
+        output, y = np.empty((height * self.scale, width * self.scale, channels), array.dtype), 0
+        for band in bands:
             output[y : y + len(band)] = quantise(band, array.dtype)
             y += len(band)
         return output.reshape(*output.shape[:2], *array.shape[2:])
 
-    def bands(self, image: Tensor, progress: Callable[[int], None] = int) -> Iterator[Tensor]:
-        """Upscale an image piece by piece, so that its output need not be held in float.
+    def bands(
+        self, image: Tensor, progress: Callable[[int], object] = lambda pixels: None
+    ) -> Iterator[Tensor]:
+        """Upscale an image, (h, w, c), piece by piece, so that no output is held in float.
 
-        Args:
-            image: (h, w, c), uint8, uint16 or floating-point in [0, 1].
-            progress: Called after every tile with the number of input pixels that are done.
-
-        Returns:
-            The rows of the output from top to bottom, (rows, w * scale, c), float32, nominally in
-            [0, 1].
+        Calls `progress` after every tile with the number of input pixels done. Returns the rows
+        of the output from top to bottom, (rows, w * scale, c), float32, nominally in [0, 1].
 
         Raises:
-            ValueError: Another shape or type.
+            ValueError: Another shape, type or range than `__call__` takes.
         """
-        known = image.is_floating_point() or image.dtype in (torch.uint8, torch.uint16)
+        floating = image.is_floating_point()
+        known = floating or image.dtype in (torch.uint8, torch.uint16)
         if not known or image.ndim != 3 or not 1 <= image.shape[2] <= 4 or not image.numel():
+            hint = ", so transpose it: image.transpose(1, 2, 0)" * (image.shape[:1] == (3,))
             raise ValueError(
-                f"an image of {tuple(image.shape)} and {image.dtype} is none that can be upscaled"
+                "an image must be (h, w) or (h, w, c) with 1 to 4 channels, uint8, uint16 or "
+                f"floating-point, not {tuple(image.shape)} {image.dtype}{hint}"
             )
+        if floating:
+            low, high = (float(value) for value in image.aminmax())
+            if not (low >= -0.5 and high <= 1.5):
+                raise ValueError(
+                    f"floating-point values must be in [0, 1], not from {low:g} to {high:g}"
+                )
+        size = image.shape[0], image.shape[1]
+        for dim, side in enumerate(size):
+            if side < MIN_SIZE:  # continue it as in mirrors, the edge repeated
+                i = torch.arange(MIN_SIZE, device=image.device) % (2 * side)
+                image = image.index_select(dim, torch.minimum(i, 2 * side - 1 - i))
         # Here, not in the generator: before its caller allocates the output.
-        shape = tuple(image.shape)
+        height, width, channels = image.shape
         tile = self.tile or tiles.choose(
-            shape, self.scale, image.element_size(), self._bytes, self._device
+            (height, width, channels), self.scale, image.element_size(), self._bytes, self._device
         )
-        return self._bands(image, tile, progress)
+        return self._bands(image, size, tile, progress)
 
     @torch.no_grad()
-    def _bands(self, image: Tensor, tile: int, progress: Callable[[int], None]) -> Iterator[Tensor]:
-        given = told = 0  # rows of the output, and pixels, that the caller knows of
+    def _bands(
+        self,
+        image: Tensor,
+        size: tuple[int, int],
+        tile: int,
+        progress: Callable[[int], object],
+    ) -> Iterator[Tensor]:
+        height, width = size  # of the image before the mirrors
+        yielded = reported = 0  # rows of the output, and pixels of the image
 
-        def report(pixels: int) -> None:
-            nonlocal told
-            progress(max(0, pixels - told))
-            told = max(told, pixels)
+        def report(share: float) -> None:
+            nonlocal reported
+            pixels = round(share * height * width)
+            progress(max(0, pixels - reported))
+            reported = max(reported, pixels)
 
         while True:
             rows = 0
             try:
                 for band in self._strips(image, tile, report):
+                    band = band[: height * self.scale - rows, : width * self.scale]
                     rows += len(band)
-                    if rows > given:
-                        yield band[given - rows :]
-                        given = rows
+                    if rows > yielded:
+                        yield band[yielded - rows :]
+                        yielded = rows
                 return
             except RuntimeError as error:
                 tile = min(tile, max(image.shape[:2]))
                 if tile <= tiles.SMALLEST or not re.search(OUT_OF_MEMORY, str(error)):
                     raise
-            tile = max(tiles.SMALLEST, tile // 2)  # from the top again, without what was given
+            tile = max(tiles.SMALLEST, tile // 2)  # from the top again, without the rows yielded
 
-    def _strips(self, image: Tensor, tile: int, report: Callable[[int], None]) -> Iterator[Tensor]:
+    def _strips(
+        self, image: Tensor, tile: int, report: Callable[[float], None]
+    ) -> Iterator[Tensor]:
         s = self.scale
         ys, height = tiles.cut(image.shape[0], tile)
         xs, width = tiles.cut(image.shape[1], tile)
         has_esa = any(isinstance(module, ESA) for module in self.network.modules())
-        knows_place = has_esa and self.channels == 3
+        by_place = has_esa and self.channels == 3 and len(ys) * len(xs) > 1
         above = None
         for i, y in enumerate(ys):
             strip = torch.empty(0)
             for j, x in enumerate(xs):
-                place = ((y, image.shape[0]), (x, image.shape[1]))
-                output = self._tile(
-                    image[y : y + height, x : x + width],
-                    place if knows_place and len(ys) * len(xs) > 1 else None,
-                )
+                place = ((y, image.shape[0]), (x, image.shape[1])) if by_place else None
+                output = self._tile(image[y : y + height, x : x + width], place)
                 start = 0
                 if j == 0:
-                    size = (height * s, image.shape[1] * s, image.shape[2])
-                    strip = torch.empty(size, device=output.device)
+                    strip = output.new_empty(height * s, image.shape[1] * s, image.shape[2])
                 else:
                     start = (xs[j - 1] + width - x) * s
                     left = strip[:, x * s : x * s + start]
                     left.lerp_(output[:, :start], tiles.ramp(start, output)[:, None])
                 strip[:, x * s + start : (x + width) * s] = output[:, start:]
-                share = (i * len(xs) + j + 1) / (len(ys) * len(xs))
-                report(round(share * image.shape[0] * image.shape[1]))
+                report((i * len(xs) + j + 1) / (len(ys) * len(xs)))
             if above is not None:
                 top = strip[: len(above)]
                 top.copy_(above.lerp_(top, tiles.ramp(len(above), top)[:, None, None]))
@@ -245,35 +256,32 @@ class Upscaler:
         return upsample_bicubic(x, self.scale) + gain * (255 / 219)
 
     def _ensemble(self, x: Tensor, place: Place | None) -> Tensor:
-        height, width = x.shape[-2:]
-        for dim, side in ((-2, height), (-1, width)):
-            if side < MIN_SIZE:  # continue it as in mirrors, the edge repeated
-                i = torch.arange(MIN_SIZE, device=x.device) % (2 * side)
-                x = x.index_select(dim, torch.minimum(i, 2 * side - 1 - i))
         if not self.self_ensemble:
-            y = self._forward(x, place)
-        else:
-            y = 0
-            for flips in ([], [-2], [-1], [-2, -1]):
-                view = place and tuple(
-                    (side - start - x.shape[dim] if dim in flips else start, side)
-                    for dim, (start, side) in zip((-2, -1), place, strict=True)
-                )
-                flipped = x.flip(flips)
-                y = y + self._forward(flipped, view).flip(flips)
-                y = y + self._forward(flipped.mT, view and view[::-1]).mT.flip(flips)
-            y = y / 8
-        return y[..., : height * self.scale, : width * self.scale].to(torch.float32)
+            return self._forward(x, place)
+        return functools.reduce(torch.add, self._views(x, place)) / 8
+
+    def _views(self, x: Tensor, place: Place | None) -> Iterator[Tensor]:
+        """The outputs for the 8 flips and rotations of a tile, turned back."""
+        for flips in ([], [-2], [-1], [-2, -1]):
+            view = None
+            if place:
+                (top, height), (left, width) = place
+                top = height - top - x.shape[-2] if -2 in flips else top
+                left = width - left - x.shape[-1] if -1 in flips else left
+                view = (top, height), (left, width)
+            flipped = x.flip(flips)
+            yield self._forward(flipped, view).flip(flips)
+            yield self._forward(flipped.mT, view and view[::-1]).mT.flip(flips)
 
     def _forward(self, x: Tensor, place: Place | None) -> Tensor:
         if place is None:
-            return self._run(x.contiguous())
+            return self._runner(False)(x.contiguous())
         shifts = [
             OnTile.shifts(start, length, side)
             for (start, side), length in zip(place, x.shape[-2:], strict=True)
         ]
         planes = torch.stack(torch.meshgrid(*shifts, indexing="ij"))[None]
-        return self._run_tile(torch.cat([x, planes.to(x.device)], dim=1))
+        return self._runner(True)(torch.cat([x, planes.to(x.device)], dim=1))
 
 
 def quantise(band: Tensor, dtype: np.dtype) -> np.ndarray:
@@ -286,11 +294,7 @@ def quantise(band: Tensor, dtype: np.dtype) -> np.ndarray:
 
 
 def _probe(network: nn.Module) -> tuple[int, int]:
-    """The channels that a network takes, 3 or 1, and its scale, by trying.
-
-    Raises:
-        UserError: It is none that makes an image of an image.
-    """
+    """The channels that a network takes, 3 or 1, and its scale, by trying."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     faults = []
     for channels in (3, 1):

@@ -1,18 +1,20 @@
-"""Upscale image files: x2, x3 or x4, by MLRN with the shipped weights or by any other network.
+"""Upscale image files: x2, x3 or x4, with MLRN's shipped weights or any other network.
 
-PNG, JPEG, WebP, BMP and TIFF. 16 bits stay 16, grey stays grey, transparency is upscaled too,
-colour profile and EXIF are kept and the orientation is applied. Inputs are never changed and
-existing files are kept.
+PNG, JPEG, WebP, BMP and TIFF keep their format; other images become PNG. 16 bits stay 16, grey
+stays grey, transparency is upscaled, the orientation is applied, colour profile and EXIF are kept.
+Inputs are never changed, and existing outputs are kept.
 
-Large images are cut into overlapping tiles, whose size follows the memory that is free.
+Large images are cut into overlapping tiles. The free memory decides their size.
 """
 
 from __future__ import annotations
 
 import argparse
 import glob
+import mimetypes
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from mlrn_arch import sources
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.inference import backends, image_files
 from mlrn_arch.inference.image_files import BadImage
-from mlrn_arch.inference.upscaler import MIN_SIZE, Upscaler, quantise
+from mlrn_arch.inference.upscaler import Upscaler, quantise
 from mlrn_arch.machine import DEVICES, DTYPES, free_memory
 
 FEW_PIXELS = 500_000  # which PyTorch has upscaled before another back end is ready
@@ -34,58 +36,52 @@ FORMATS = ("png", "jpg", "webp", "bmp", "tiff")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mlrn upscale` on `parser`."""
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="image, folder (its images) or quoted pattern")
+    add("inputs", nargs="*", metavar="INPUT", help="image, folder of images or quoted pattern")
     add("-i", "--input", action="append", default=[], metavar="INPUT", help="the same")
-    add("-r", "--recursive", action="store_true", help="folders with those below, kept apart in -o")
+    add("-r", "--recursive", action="store_true", help="sub-folders too, which -o then has as well")
     add(
         "-o",
         "--output",
         type=Path,
         default=Path("upscaled"),
-        help="folder for NAME_x4.EXT, or with one input the file itself (default: %(default)s)",
+        help="folder for NAME_x4.EXT, or for one input the file itself (default: %(default)s)",
     )
     add("--scale", type=int, choices=(2, 3, 4), help="default: 4, or that of --weights")
-    add("--network", "--opt", metavar="NETWORK", help="another than the shipped MLRN; see below")
+    add("--network", "--opt", metavar="NETWORK", help="default: the shipped MLRN; see below")
     add("--weights", metavar="FILE", help="a checkpoint in place of the network's own")
     add("--format", choices=FORMATS, help="of the outputs (default: that of the input)")
     add("--quality", type=int, default=95, help="of JPEG and WebP, 1-100 (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace outputs that are already there")
+    add("--overwrite", action="store_true", help="replace existing outputs")
     add("--self-ensemble", action="store_true", help="average 8 flips and rotations: 8x the time")
-    add("--tile", type=int, help="longest side of a tile in input pixels (default: by free memory)")
-    add("--backend", choices=backends.NAMES, help="default: the quickest that is installed")
+    add("--tile", type=int, help="longest side of a tile in input pixels, 192 or more")
+    add("--backend", choices=backends.NAMES, help="default: the fastest that is installed")
     add("--device", choices=DEVICES, help="default: cuda if there is one")
     add("--precision", choices=["auto", *DTYPES], default="auto", help="default: auto")
     parser.epilog = f"""examples:
   mlrn upscale photos/*.jpg -o upscaled
   mlrn upscale scan.tif --scale 2 -o scan_large.tif
-  mlrn upscale photos --network options/baselines/test_RLFN_x4.yml:rlfn_x4.pth
+  mlrn upscale photos --network options/baselines/test_RLFN_x4.yml:rlfn_x4.pth -o by_rlfn
 
 {sources.FORMS}
 
-A folder stands for the images directly in it, with -r for those below as well. Outputs that are
-there already are kept, and count as done.
-JPEG, WebP and BMP hold 8 bits: 16-bit images are rounded for them. Of animations the first frame is
-taken. Images below {MIN_SIZE} pixels a side are continued by their mirror image and cropped again.
-Exit code: 0 all done, 1 some not, 2 none."""
+A folder stands for the images in it, with -r for those in its sub-folders too, without earlier
+outputs. Existing outputs count as done. Names carry no network: another network needs another -o.
+16-bit images are rounded to 8 bits for JPEG, WebP and BMP; lossless WebP stays lossless.
+Animations: only the first frame is used.
+Exit code: 0 all done, 1 some failed, 2 nothing done."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Upscale files; returns 0 if all are done, 1 if some are not, 2 if none is.
-
-    Raises:
-        UserError: Nothing can be started.
-    """
+    """Upscale files; returns 0 if all are done, 1 if some failed, 2 if nothing is done."""
     if not 1 <= args.quality <= 100:
         raise UserError(f"--quality must be from 1 to 100, not {args.quality}")
     if args.network and args.scale:
-        raise UserError("--scale is that of a shipped network; with --network leave it out")
+        raise UserError("--scale is for the shipped networks; leave it out with --network")
     if not args.inputs + args.input:
         raise UserError("name an image, a folder or a quoted pattern to upscale")
-    inputs, missing = _find(args.inputs + args.input, args.recursive)
-    for line in missing:
-        print(f"mlrn upscale: {line}", file=sys.stderr)
+    inputs, faults = _find(args.inputs + args.input, args.recursive, args.output.resolve())
     if not inputs:
-        return 2
+        raise UserError("; ".join(faults))
     since = time.monotonic()
     pixels = {path: image_files.size(path) for path in inputs}
     few = sum(pixels.values()) * (8 if args.self_ensemble else 1) < FEW_PIXELS
@@ -99,107 +95,119 @@ def run(args: argparse.Namespace) -> int:
         tile=args.tile,
         self_ensemble=args.self_ensemble,
     )
-    jobs = _outputs(inputs, args, upscaler.scale)
-
-    done = there = 0
-    with tqdm(
-        total=sum(pixels.values()), unit="pixel", unit_scale=True, disable=None, dynamic_ncols=True
-    ) as bar:
+    jobs, clashes = _outputs(inputs, args, upscaler.scale)
+    for fault in faults + clashes:
+        print(f"mlrn upscale: {fault}", file=sys.stderr)
+    failed, done, existing = len(faults + clashes), 0, 0
+    total = sum(pixels[path] for path in jobs)
+    with tqdm(total=total, unit="pixel", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         for path, output in jobs.items():
             bar.set_description(path.name)
-            end, note = bar.n + pixels[path], ""
+            end, notes = bar.n + pixels[path], []
             try:
                 if output.exists() and not args.overwrite:
-                    there += 1
+                    existing += 1
                 else:
-                    note = _upscale(upscaler, path, output, args.quality, bar.update)
+                    notes = _upscale(upscaler, path, output, args.quality, bar.update)
                     done += 1
-            except BadImage as reason:
-                note = str(reason)
-            except (MemoryError, RuntimeError) as error:  # torch's out of memory is the latter
-                note = first_line(error) if str(error) else "out of memory"
-            if note:
-                bar.write(f"mlrn upscale: {path}: {note}", file=sys.stderr)
+            except (BadImage, MemoryError, RuntimeError) as error:  # torch's lack of memory is one
+                notes = [first_line(error)]
+                failed += 1
+            if notes:
+                bar.write(f"mlrn upscale: {path}: {'; '.join(notes)}", file=sys.stderr)
             bar.update(end - bar.n)
-    kept = f", {there} already there (--overwrite replaces them)" * (there > 0)
-    failed = len(jobs) + len(missing) - done - there
+    kept = f", {existing} already there (--overwrite replaces them, another -o keeps them)"
     by = args.weights or args.network or f"mlrn://x{upscaler.scale}"
     by += f" on {upscaler.backend}" if upscaler.backend else ""
     print(
-        f"{done} upscaled{kept}{f', {failed} not' * (failed > 0)}: {args.output}, "
-        f"x{upscaler.scale} by {by}, {time.monotonic() - since:.1f} s"
+        f"{done} upscaled{kept * (existing > 0)}{f', {failed} not' * (failed > 0)}: "
+        f"{args.output}, x{upscaler.scale} by {by}, {time.monotonic() - since:.1f} s"
     )
-    return 2 if not done + there else 1 if failed else 0
+    return 2 if not done + existing else 1 if failed else 0
 
 
-def _find(names: list[str], recursive: bool) -> tuple[dict[Path, Path], list[str]]:
+def _find(
+    names: list[str], recursive: bool, output: Path
+) -> tuple[dict[Path, Path | None], list[str]]:
     """The image files that the arguments stand for, each once, and what is wrong with the rest.
 
-    With each the folder of it below the argument.
+    A file found in a folder comes with its folder below that one; a file named itself with None.
     """
-    files: dict[Path, tuple[Path, Path]] = {}
-    missing = []
+    files: dict[Path, tuple[Path, Path | None]] = {}
+    faults = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            below = path.rglob("*") if recursive else path.iterdir()
-            found = [p for p in below if p.suffix.lower() in image_files.FORMATS and p.is_file()]
-            found = [p for p in found if not p.name.startswith(".")]
-        elif path.exists():
-            found = [path]
+            # Earlier outputs are no inputs, unless their folder is named itself.
+            skipped = output if path.resolve() in output.parents else None
+            found = [
+                p
+                for p in (path.rglob("*") if recursive else path.iterdir())
+                if p.is_file() and skipped not in p.resolve().parents
+                if not any(part.startswith(".") for part in p.relative_to(path).parts)
+                if p.suffix.lower() in image_files.FORMATS or image_files.size(p)
+            ]
         else:
-            found = [Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file()]
+            found = [Path(p) for p in (glob.glob(name, recursive=True) or [name])]
+            found = [p for p in found if p.is_file()]
         if not found:
-            what = "no images in it" if path.is_dir() else "no such file"
-            missing.append(f"{name}: {what}")
+            faults.append(f"{name}: {'no images in it' if path.is_dir() else 'no such file'}")
         for file in sorted(found):
-            folder = file.parent.relative_to(path) if path.is_dir() else Path()
-            files[file.resolve()] = file, folder
-    return dict(files.values()), missing
+            folder = file.parent.relative_to(path) if path.is_dir() else None
+            files.setdefault(file.resolve(), (file, folder))
+    return dict(files.values()), faults
 
 
-def _outputs(inputs: dict[Path, Path], args: argparse.Namespace, scale: int) -> dict[Path, Path]:
-    """The output of each input, below its folder.
+def _outputs(
+    inputs: dict[Path, Path | None], args: argparse.Namespace, scale: int
+) -> tuple[dict[Path, Path], list[str]]:
+    """The output of each input, its folder made, and the reasons why inputs have none.
 
     Raises:
-        UserError: Two would be the same file, or one an input, or there is no folder for them.
+        UserError: -o cannot be used.
     """
-    single = args.output.suffix.lower() in image_files.FORMATS and not args.output.is_dir()
-    if single and len(inputs) > 1:
+    ending, is_file = args.output.suffix.lower(), False
+    if not args.output.is_dir():
+        is_file = ending in image_files.FORMATS
+        if not is_file and (mimetypes.guess_type(args.output)[0] or "").startswith("image/"):
+            raise UserError(f"-o {args.output}: {ending} is not written; use {', '.join(FORMATS)}")
+    if is_file and len(inputs) > 1:
         raise UserError(f"{args.output} is one file for {len(inputs)} inputs; name a folder")
-    kinds = {image_files.FORMATS[f".{args.format}"]} if args.format else set()
-    if single and kinds - {image_files.FORMATS[args.output.suffix.lower()]}:
+    kinds = image_files.FORMATS
+    if is_file and args.format and kinds[f".{args.format}"] != kinds[ending]:
         raise UserError(f"--format {args.format} and -o {args.output} contradict each other")
-    jobs, sources = {}, {}
+    outputs = {}
     for path, folder in inputs.items():
-        suffix = path.suffix
-        if args.format or suffix.lower() not in image_files.FORMATS:
-            suffix = f".{args.format or 'png'}"
-        output = args.output / folder / f"{path.stem}_x{scale}{suffix}"
-        output = args.output if single else output
-        if output.resolve() in sources:
-            raise UserError(
-                f"{sources[output.resolve()]} and {path} would both become {output}; upscale them "
-                "into different folders"
-            )
-        sources[output.resolve()] = path
-        jobs[path] = output
-    originals = {path.resolve(): path for path in inputs}
-    if clash := originals.keys() & sources.keys():
-        path = originals[min(clash)]
-        raise UserError(f"{path} is an input and would be an output as well; choose another -o")
-    for folder in {output.parent for output in jobs.values()}:
+        suffix = path.suffix if path.suffix.lower() in image_files.FORMATS else ".png"
+        suffix = f".{args.format}" if args.format else suffix
+        output = args.output / (folder or "") / f"{path.stem}_x{scale}{suffix}"
+        outputs[path] = args.output if is_file else output
+    made = Counter(output.resolve() for output in outputs.values())
+    for path, folder in inputs.items():
+        if (
+            folder is not None
+            and path.resolve() in made
+            and path.resolve() != outputs[path].resolve()
+        ):
+            made[outputs.pop(path).resolve()] -= 1  # an earlier output, beside its input
+    originals, faults = {path.resolve() for path in outputs}, []
+    for path, output in list(outputs.items()):
+        if output.resolve() in originals or made[output.resolve()] > 1:
+            what = "an input" if output.resolve() in originals else "the output of another input"
+            faults.append(f"{path}: {output} would be {what} as well; use another -o")
+            del outputs[path]
+    for folder in {output.parent for output in outputs.values()}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-    return jobs
+    return outputs, faults
 
 
 def _upscale(
-    upscaler: Upscaler, path: Path, output: Path, quality: int, progress: Callable[[int], None]
-) -> str:
-    """Upscale one file; returns what of it is not in the output, if anything.
+    upscaler: Upscaler, path: Path, output: Path, quality: int, progress: Callable[[int], object]
+) -> list[str]:
+    """Upscale one file; returns what of it is not in the output.
 
     Raises:
         BadImage: It cannot be read, held in memory or written.
@@ -207,9 +215,7 @@ def _upscale(
     picture = image_files.read(path)
     height, width, channels = picture.array.shape
     shape = (height * upscaler.scale, width * upscaler.scale, channels)
-    image_files.check(output, shape)
-    kind = image_files.FORMATS[output.suffix.lower()]
-    dtype = picture.array.dtype if kind in ("PNG", "TIFF") else np.dtype(np.uint8)
+    dtype = image_files.dtype(output, picture)
     held = 4 if dtype == np.uint8 and channels > 1 else channels * dtype.itemsize
     need, free = shape[0] * shape[1] * held, free_memory()
     if need > free:
@@ -219,5 +225,5 @@ def _upscale(
         )
     image = torch.from_numpy(np.require(picture.array, requirements="W"))
     bands = (quantise(band, dtype) for band in upscaler.bands(image, progress))
-    image_files.write(output, bands, shape, dtype, picture, quality)
-    return picture.note
+    image_files.write(output, bands, shape, picture, quality)
+    return picture.notes
