@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -151,6 +152,8 @@ def fitting(
         return state, f"{path} is not a checkpoint of this {name}: {'; '.join(parts)}"
     # Tensors of the same shapes do not tell an img_range, and scores would be nonsense in silence.
     its_own = noted(state)
+    parameters = inspect.signature(type(network)).parameters.values()
+    its_own = its_own and {**{p.name: p.default for p in parameters}, **its_own}
     wrong = [k for k in its_own if k in arguments and arguments[k] != its_own[k]]
     if not (wrong and strict and its_own.get("type") == name):
         return state, ""

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import lmdb
 import torch
+from basicsr.archs.vgg_arch import VGG_PRETRAIN_PATH
 from basicsr.data.data_util import (
     paired_paths_from_folder,
     paired_paths_from_lmdb,
@@ -80,18 +81,17 @@ def check(opt: Options) -> Iterator[str]:
     fast = known and issubclass(MODEL_REGISTRY.get(model_type), FastSRModel)
     if not known:
         yield f"model_type: {unknown(opt['model_type'], MODEL_REGISTRY.keys())}"
-    resuming = opt["is_train"] and (
-        opt["path"].get("resume_state")
-        or (opt["auto_resume"] and newest_states(opt["path"]["training_states"]))
-    )
     state = opt["path"].get("resume_state")
     if state and not os.path.isfile(state):
         yield f"path:resume_state: no such file {state}"
+    if opt["auto_resume"]:
+        state = next(iter(newest_states(opt["path"].get("training_states", ""))), state)
     for key in [key for key in opt if key.startswith("network_")]:
         if key != "network_t":
-            yield from _check_network(opt, key, ignore_checkpoint=bool(resuming))
+            yield from _check_network(opt, key, state)
     if opt["is_train"]:
-        yield from _check_inherited(opt, fast or not known)
+        if not state:
+            yield from _check_inherited(opt, fast or not known)
         if opt["model_type"] == "DistillModel":
             yield from _check_teacher(opt)
 
@@ -238,14 +238,22 @@ def _check_train(train: Options, fast: bool) -> Iterator[str]:
     for key, loss in losses.items():
         faults = list(check_call(f"train:{key}", LOSS_REGISTRY, loss))
         yield from faults
-        if not faults and loss["type"] != "PerceptualLoss":  # which fetches the weights of VGG
+        if not faults:
             try:
                 networks.make(f"train:{key}", LOSS_REGISTRY, loss)
             except UserError as error:
-                yield str(error)
+                fault = str(error)
+                if "urlopen error" in fault:  # PerceptualLoss downloads VGG if it is not there
+                    fault = (
+                        f"train:{key}: the weights of VGG19 cannot be downloaded; put "
+                        "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth at "
+                        f"{VGG_PRETRAIN_PATH}"
+                    )
+                yield fault
 
 
-def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[str]:
+def _check_network(opt: Options, key: str, state: str | None) -> Iterator[str]:
+    """Check a network and the checkpoint that it starts from: that of `state` in a resume."""
     try:
         network, values = networks.build(opt[key], key)
     except UserError as error:
@@ -259,18 +267,22 @@ def _check_network(opt: Options, key: str, ignore_checkpoint: bool) -> Iterator[
     untrained = path is None and next(network.parameters(), None) is not None
     if untrained and key == "network_g" and not opt["is_train"]:
         yield f"path:pretrain_{key}: is missing; the scores would be those of random weights"
-    if path is None or ignore_checkpoint:
-        return
-    which = key.split("_", 1)[1]
+    where, which = f"path:pretrain_{key}", key.split("_", 1)[1]
     how = paths.get(f"param_key_{which}", "params"), paths.get(f"strict_load_{which}", True)
+    resumed = state and key not in (paths.get("ignore_resume_networks") or ())
+    if resumed:
+        path = os.path.join(paths["models"], f"net_{which}_{Path(state).stem}.pth")
+        where, how = f"{key}: the run to resume has another", ("params", True)
+    if path is None:
+        return
     try:
         _, fault = checkpoints.fitting(
             path, checkpoints.read(path), network, values, *how, where=key
         )
     except UserError as error:
-        fault = str(error)
+        fault = "" if resumed else str(error)  # an older state is resumed instead
     if fault:
-        yield f"path:pretrain_{key}: {fault}"
+        yield f"{where}: {fault}"
 
 
 def _check_paired(where: str, dataset: Options) -> Iterator[str]:

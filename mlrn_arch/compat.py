@@ -11,12 +11,14 @@ import argparse
 import importlib
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import sys
 import traceback
 import types
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +62,7 @@ from basicsr.utils import (  # noqa: E402
     get_root_logger,
     matlab_functions,
 )
+from basicsr.utils.dist_util import master_only  # noqa: E402
 from basicsr.utils.registry import Registry  # noqa: E402
 
 from mlrn_arch import checkpoints  # noqa: E402
@@ -162,7 +165,13 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
             print(f"Skipping {path}: {first_line(error)}", flush=True)
             continue
         opt["path"]["resume_state"] = path
+        teachers = {f"param_key_{n[8:]}" for n in opt["path"].get("ignore_resume_networks") or []}
+        keys = {key: opt["path"][key] for key in teachers if key in opt["path"]}
         check_resume(opt, state["iter"])
+        opt["path"].update(keys)  # which it changes for networks that do not come from this run
+        if opt.get("seed_drawn"):
+            started_with = state.get("started_with", {})
+            opt["manual_seed"] = started_with.get("manual_seed", opt["manual_seed"])
         return state
     if candidates or wanted:
         raise UserError(
@@ -184,6 +193,18 @@ class _MessageLogger(MessageLogger):
         if self.tb_logger:
             self.tb_logger.add_scalar("lr", log_vars["lrs"][0], log_vars["iter"])
         super().__call__(log_vars)
+
+
+def _tensorboard_from(step: int) -> Callable[[str], Any]:
+    """BasicSR's `init_tb_logger`; what a killed run logged from this step on is forgotten."""
+
+    @master_only
+    def init_tb_logger(log_dir: str) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(log_dir, purge_step=step)
+
+    return init_tb_logger
 
 
 def run_pipeline(
@@ -214,7 +235,16 @@ def run_pipeline(
     # The environment opens the log file; the logger must not be used earlier.
     pipeline.get_env_info = lambda: "\n".join([get_env_info(), *notes])
     if phase == "train":
-        pipeline.load_resume_state = _load_resume_state
+        # With several validation sets it warns that "only" SRModel takes them; SRModel's kinds do.
+        logging.getLogger("basicsr").addFilter(lambda r: "*only* supported" not in r.getMessage())
+
+        def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+            state = _load_resume_state(opt)
+            if state:
+                pipeline.init_tb_logger = _tensorboard_from(state["iter"] + 1)
+            return state
+
+        pipeline.load_resume_state = load_resume_state
         pipeline.MessageLogger = _MessageLogger
         # After a resume BasicSR steps the schedule before the first optimizer step.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")

@@ -31,6 +31,8 @@ class FastPairedImageDataset(PairedImageDataset):
     uncompressed BMP (`mlrn prepare --format bmp`) is never decoded: the crop is copied out of it.
     """
 
+    file_client: Any
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         opt = self.opt
         if opt["phase"] != "train" or opt.get("color") == "y" or self.mean or self.std:
@@ -72,47 +74,46 @@ def _image(value: bytes | memoryview) -> np.ndarray:
             stride = (width * 3 + 3) // 4 * 4
             rows = np.frombuffer(value, np.uint8, stride * height, start).reshape(height, stride)
             return rows[::-1, : width * 3].reshape(height, width, 3)
-    return cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_COLOR)
+    image = cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError("it is no image, or a broken one")
+    return image
 
 
 class ResumableSampler(EnlargedSampler):
     """`EnlargedSampler` that can begin in the middle of an epoch and numbers its samples.
 
-    It gives pairs (number of the sample in the whole run, index into the data set). The number
+    It gives pairs (number of the sample in the whole run, index into the dataset). The number
     seeds the sample's random crop, so that it is the same whichever worker or rank makes it.
     """
 
     skip = 0  # samples of the run, over all ranks, that the run it continues used up
     batch_size = 1  # over all ranks
 
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples that the loader's whole batches take from an epoch, over all ranks."""
-        return self.total_size // self.batch_size * self.batch_size
-
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator()
         generator.manual_seed(self.epoch)
         order = torch.randperm(self.total_size, generator=generator) % len(self.dataset)
-        first = self.epoch * self.samples_per_epoch
-        start = min(max(self.skip - first, 0), self.samples_per_epoch)
-        positions = range(start + self.rank, self.total_size, self.num_replicas)
-        indices = order[start + self.rank :: self.num_replicas].tolist()
-        for position, index in zip(positions, indices, strict=True):
-            yield first + position, index
+        per_epoch = self.total_size // self.batch_size * self.batch_size  # in whole batches
+        first = self.epoch * per_epoch
+        start = min(max(self.skip - first, 0), per_epoch)
+        for position in range(start + self.rank, self.total_size, self.num_replicas):
+            yield first + position, int(order[position])
 
 
-class _Named(torch.utils.data.Dataset):
-    """A data set that names the image which cannot be read."""
+class _Checked(torch.utils.data.Dataset):
+    """A dataset that names an image which cannot be read; with a seed for numbered samples."""
 
-    def __init__(self, dataset: torch.utils.data.Dataset) -> None:
-        self.dataset = dataset
-        self.opt = dataset.opt
+    def __init__(self, dataset: Any, seed: int | None = None) -> None:
+        self.dataset, self.opt, self.seed = dataset, dataset.opt, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        if self.seed is not None:
+            number, index = index
+            seed_everything(f"{self.seed}:{number}")
         try:
             return self.dataset[index]
         except Exception as error:
@@ -120,22 +121,15 @@ class _Named(torch.utils.data.Dataset):
             kind = "training image" if self.opt["phase"] == "train" else "image"
             raise UserError(
                 f"{kind} {name} of {self.opt.get('dataroot_gt')} cannot be read: "
-                f"{type(error).__name__}: {error}; restore or prepare the data set again"
+                f"{type(error).__name__}: {error}; restore or prepare the dataset again"
             ) from None
 
 
-class _Seeded(_Named):
-    """Seeds every sample by its number."""
-
-    def __init__(self, dataset: torch.utils.data.Dataset, seed: int) -> None:
-        super().__init__(dataset)
-        self.seed = seed
-
-    def __getitem__(self, numbered: tuple[int, int]) -> dict[str, Any]:
-        number, index = numbered
-        random.seed(f"{self.seed}:{number}")
-        np.random.seed(random.getrandbits(32))
-        return super().__getitem__(index)
+def seed_everything(text: str) -> None:
+    """Seed the random numbers of Python, NumPy and PyTorch by a text."""
+    random.seed(text)
+    np.random.seed(random.getrandbits(32))
+    torch.manual_seed(random.getrandbits(63))
 
 
 def build_dataloader(
@@ -143,18 +137,18 @@ def build_dataloader(
     dataset_opt: dict[str, Any],
     num_gpu: int = 1,
     dist: bool = False,
-    sampler: ResumableSampler | None = None,
+    sampler: Any = None,
     seed: int | None = None,
 ) -> torch.utils.data.DataLoader:
     """BasicSR's `build_dataloader`; in training with seeded samples and workers that stay.
 
-    BasicSR's workers start anew and with the same seeds in every epoch, so that short epochs
-    repeat the same crops. Here the samples carry the seeds.
+    BasicSR's workers start again with the same seeds in every epoch, so that short epochs repeat
+    the same crops.
     """
     if dataset_opt["phase"] != "train":
-        return build_stock_dataloader(_Named(dataset), dataset_opt, num_gpu, dist, sampler, seed)
+        return build_stock_dataloader(_Checked(dataset), dataset_opt, num_gpu, dist, sampler, seed)
     dataset_opt = {**dataset_opt, "persistent_workers": dataset_opt["num_worker_per_gpu"] > 0}
-    seeded = _Seeded(dataset, seed)
+    seeded = _Checked(dataset, seed)
     loader = build_stock_dataloader(seeded, dataset_opt, num_gpu, dist, sampler, seed)
     loader.worker_init_fn = _start_worker
     sampler.batch_size = loader.batch_size * sampler.num_replicas

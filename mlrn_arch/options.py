@@ -145,8 +145,11 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
 
     notes += _adapt(opt, args.launcher)
     _init_distributed(opt, args.launcher)
-    if opt.get("manual_seed") is None:
-        opt["manual_seed"] = random.randint(1, 10000)
+    if opt.get("manual_seed") is None:  # a resume takes the seed of its training state instead
+        seeds = [random.randint(1, 10000)]
+        if opt["dist"]:
+            torch.distributed.broadcast_object_list(seeds)
+        opt["manual_seed"], opt["seed_drawn"] = seeds[0], True
     set_random_seed(opt["manual_seed"] + opt["rank"])
     return opt, args, notes
 

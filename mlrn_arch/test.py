@@ -10,14 +10,18 @@ if not __package__:  # `python mlrn_arch/test.py`: this folder's names are no mo
 
 # isort: split
 from collections.abc import Sequence
+from typing import Any
 
 from mlrn_arch import compat, data, errors, options
+from mlrn_arch.models.validation import build_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Test as an option file says; raises `UserError` for a fault in it. Returns 0."""
-    read = options.read("test", argv)
-    compat.run_pipeline("test", *read, build_dataloader=data.build_dataloader)
+    replaced: dict[str, Any] = {"build_model": build_model}
+    replaced["build_dataloader"] = data.build_dataloader
+    opt, args, notes = options.read("test", argv)
+    compat.run_pipeline("test", opt, args, notes, **replaced)
     return 0
 
 

@@ -11,6 +11,7 @@ if not __package__:  # `python mlrn_arch/train.py`: this folder's names are no m
 # isort: split
 from mlrn_arch import compat, data, errors, options  # before BasicSR, which needs compat
 from mlrn_arch.models.fast_sr_model import FastSRModel
+from mlrn_arch.models.validation import build_model
 
 # isort: split
 import signal
@@ -18,7 +19,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from basicsr.models import build_model
+from basicsr.train import init_tb_loggers
 from basicsr.utils.registry import MODEL_REGISTRY
 
 
@@ -27,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0, or 1 if a validation failed."""
     opt, args, notes = options.read("train", argv)
-    replaced = replacements(opt)
-    if replaced:
+    fast = issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel)
+    if fast:
         signal.signal(signal.SIGINT, FastSRModel.ask_to_stop)
         signal.signal(signal.SIGTERM, FastSRModel.ask_to_stop)
         if args.time_limit is not None:
@@ -37,32 +38,46 @@ def main(argv: Sequence[str] | None = None) -> int:
             timer.start()
     elif args.time_limit is not None:
         raise errors.UserError(f"--time_limit: {opt['model_type']} cannot; FastSRModel can")
-    compat.run_pipeline("train", opt, args, notes, **replaced)
-    return int(FastSRModel.validation_failed)
+    parts: dict[str, Any] = {}
+    compat.run_pipeline("train", opt, args, notes, **replacements(opt, parts))
+    return int(fast and parts["model"].validation_failed)
 
 
-def replacements(opt: dict[str, Any]) -> dict[str, Any]:
-    """What a `FastSRModel` puts in the place of the pipeline's own: nothing for other models.
+def replacements(opt: dict[str, Any], parts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What takes the place of the pipeline's own functions; `parts` collects what they make.
 
-    The sampler can continue inside an epoch, the loader seeds every sample, and the model knows
-    the sampler, to save its position.
+    For a `FastSRModel` the sampler can continue inside an epoch, the loader seeds every sample,
+    and the model knows both, to save the sampler's position and to validate after a resume.
     """
     if not issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel):
-        return {}
-    samplers: list[data.ResumableSampler] = []
+        return {"build_model": build_model}
+    parts = {} if parts is None else parts
+    parts.update(tb_logger=None, val_loaders=[])
+
+    def make_tb_loggers(opt: dict[str, Any]) -> Any:
+        parts["tb_logger"] = init_tb_loggers(opt)
+        return parts["tb_logger"]
 
     def make_sampler(*args: Any) -> data.ResumableSampler:
-        samplers.append(data.ResumableSampler(*args))
-        return samplers[-1]
+        parts["sampler"] = data.ResumableSampler(*args)
+        return parts["sampler"]
+
+    def make_loader(dataset: Any, dataset_opt: dict[str, Any], **kwargs: Any) -> Any:
+        loader = data.build_dataloader(dataset, dataset_opt, **kwargs)
+        if dataset_opt["phase"] == "val":
+            parts["val_loaders"].append(loader)
+        return loader
 
     def make_model(opt: dict[str, Any]) -> FastSRModel:
-        model = build_model(opt)
-        model.sampler = samplers[-1]
+        parts["model"] = model = build_model(opt)
+        model.sampler, model.val_loaders = parts["sampler"], parts["val_loaders"]
+        model.tb_logger = parts["tb_logger"]
         return model
 
     return {
+        "init_tb_loggers": make_tb_loggers,
         "EnlargedSampler": make_sampler,
-        "build_dataloader": data.build_dataloader,
+        "build_dataloader": make_loader,
         "build_model": make_model,
     }
 

@@ -64,7 +64,9 @@ def log(caplog, monkeypatch):
     return caplog
 
 
-def start_training(path: str, cwd: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:
+def start_training(
+    path: str, cwd: Path, *arguments: str, processes: int = 1, **kwargs
+) -> subprocess.Popen:
     """Start `mlrn train --auto_resume` in the background, several processes through torchrun."""
     command = [sys.executable, "-u", "-m"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -81,6 +83,7 @@ def start_training(path: str, cwd: Path, *arguments: str, processes: int = 1) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        **kwargs,
     )
 
 
@@ -215,6 +218,7 @@ def build(tmp_path, monkeypatch):
 def restore_stop(monkeypatch):
     """A stop of this process's training is forgotten, and signals are handled as before."""
     monkeypatch.setattr(FastSRModel, "stop_signal", 0)
+    monkeypatch.setattr(FastSRModel, "signalled_at", None)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
+import functools
 import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -22,19 +18,11 @@ from basicsr.archs import build_network
 from basicsr.data import build_dataset
 from basicsr.losses import build_loss
 from basicsr.metrics import calculate_psnr
-from conftest import (
-    REPOSITORY,
-    make_fast,
-    make_train_options,
-    mlrn,
-    start_training,
-    write_yaml,
-)
+from conftest import make_fast, write_yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlrn_arch import compat, machine, options
 from mlrn_arch.errors import UserError
-from mlrn_arch.models.fast_sr_model import FastSRModel
 from mlrn_arch.models.muon import Muon, inner_weights
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="checks what holds on the CPU")
@@ -68,9 +56,9 @@ def batches(count: int) -> list[dict]:
     ]
 
 
-def train(model, data: list[dict]) -> list[float]:
+def train(model, data: list[dict], first: int = 1) -> list[float]:
     found = []
-    for step, batch in enumerate(data, 1):
+    for step, batch in enumerate(data, first):
         model.update_learning_rate(step)
         model.feed_data(batch)
         model.optimize_parameters(step)
@@ -145,9 +133,11 @@ def test_muon_leaves_to_adam_what_it_is_not_made_for(build, fast_options):
     fast_options["train"]["optim_g"]["type"] = "Muon"
     model = build(fast_options)
     names = {id(param): name for name, param in model.net_g.named_parameters()}
-    adam, muon = (
+    adam, biases, muon = (
         {names[id(param)] for param in group["params"]} for group in model.optimizer_g.param_groups
     )
+    assert all(name.endswith(".bias") for name in biases)
+    adam |= biases
     assert not adam & muon and adam | muon == set(names.values())
     # By its authors' advice no biases, depthwise convolutions, first or last layer.
     assert {"conv_first.weight", "upsampler.0.weight", "body.0.mixer.depthwise.weight"} <= adam
@@ -234,7 +224,6 @@ def test_reduced_precision_stays_near_fp32(
     found = train(model, data)
     assert found[-1] < found[0] and found != expected
     assert found == pytest.approx(expected, rel=0.05)
-    model.current_iter = 1
     model.test()
     assert model.output.dtype == torch.float32
 
@@ -303,71 +292,6 @@ def go_on(build, fast_options: dict, model, step: int):
     return later
 
 
-class _OnGpu(torch.Tensor):
-    """Looks like a batch that BasicSR's CUDAPrefetcher has copied on a stream of its own."""
-
-    is_cuda = True
-    recorded: list
-
-    def record_stream(self, stream):
-        self.recorded.append((tuple(self.shape), stream))
-
-
-def test_a_batch_of_another_stream_is_kept_until_it_is_read(build, fast_options, monkeypatch):
-    """As `torch.Tensor.record_stream` demands of memory that one stream fills and another reads."""
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the training's")
-    monkeypatch.setattr(_OnGpu, "recorded", [], raising=False)
-    model = build(fast_options)
-    (batch,) = batches(1)
-    model.feed_data({**batch, **{key: batch[key].as_subclass(_OnGpu) for key in ("lq", "gt")}})
-    shapes = (4, 3, 16, 16), (4, 3, 32, 32)
-    assert _OnGpu.recorded == [(shape, "the training's") for shape in shapes]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("saved_by", "optimizer"),
-    [("SRModel", "Adam"), ("FastSRModel", "Adam"), ("FastSRModel", "Muon")],
-)
-def test_any_state_goes_on_as_if_nothing_had_stopped(build, train_options, saved_by, optimizer):
-    """That of stock, and that of a model of another memory format."""
-    first = {**deepcopy(train_options), "model_type": saved_by}
-    first["train"]["optim_g"]["type"] = optimizer
-    first["train"]["ema_decay"] = 0
-    other = make_fast(deepcopy(first))
-    other["train"]["channels_last"] = False
-    data = batches(4)
-    model = build(first)
-    train(model, data[:3])
-    later = go_on(build, other, model, 3)
-    for running in (model, later):
-        running.update_learning_rate(4)
-        running.feed_data(data[3])
-        running.optimize_parameters(4)
-    expected, found = (m.net_g.state_dict() for m in (model, later))
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
-
-
-def test_a_state_of_another_optimizer_is_told(build, fast_options):
-    model = build(deepcopy(fast_options))
-    train(model, batches(1))
-    fast_options["train"]["optim_g"]["type"] = "Muon"
-    with pytest.raises(UserError, match="does not fit train:optim_g"):
-        go_on(build, fast_options, model, 1)
-
-
-def test_a_metric_may_come_later(build, fast_options):
-    model = build(fast_options)
-    psnr = {"better": "higher", "val": 30.0, "iter": 5}
-    model.best_metric_results = {"tiny_val": {"psnr": psnr, "gone": psnr}, "other": {}}
-    model.opt["val"]["metrics"]["ssim"] = {"type": "calculate_ssim", "crop_border": 2}
-    model._initialize_best_metric_results("tiny_val")
-    found = model.best_metric_results
-    assert list(found) == ["tiny_val", "other"] and set(found["tiny_val"]) == {"psnr", "ssim"}
-    assert found["tiny_val"]["psnr"] == psnr
-
-
 def read(tmp_path, fast_options: dict, *arguments: str):
     path = write_yaml(tmp_path / "tiny.yml", fast_options)
     opt, _, notes = options.read("train", ["-opt", path, *arguments])
@@ -400,25 +324,24 @@ def test_a_cpu_of_which_torch_cannot_tell_computes_in_fp32(tmp_path, fast_option
     assert read(tmp_path, fast_options)[0]["train"]["precision"] == "fp32"
 
 
-def test_processes_on_cpus_join_over_gloo(tmp_path, fast_options, monkeypatch):
-    """On a machine with GPUs too, and with torch's own timeout; torchrun is noticed."""
-    joined = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.distributed, "init_process_group", lambda *a, **k: joined.append((a, k))
-    )
-    fast_options["num_gpu"] = 0
-    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(key, str(value))
-    assert read(tmp_path, fast_options)[0]["dist"]
-    assert joined == [(("gloo",), {})]
-
-
 def test_a_launcher_that_did_not_launch_is_told(tmp_path, fast_options, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match="torchrun --nproc_per_node=2 -m mlrn_arch.train -opt"):
         read(tmp_path, fast_options, "--launcher", "pytorch")
+
+
+def test_compiled_training_is_the_same(build, fast_options, monkeypatch):
+    """Names of weights stay, and validations run what is not compiled."""
+    compiled = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    found, names = [], []
+    for compile_it in (True, False):
+        fast_options["train"]["compile"] = compile_it
+        torch.manual_seed(0)
+        model = build(deepcopy(fast_options))
+        found.append(train(model, batches(3)))
+        names.append(list(model.net_g.state_dict()))
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and names[0] == names[1]
 
 
 def test_the_end_of_a_short_run(tmp_path, fast_options, mlrn_here, monkeypatch, restore_stop, log):
@@ -433,137 +356,6 @@ def test_the_end_of_a_short_run(tmp_path, fast_options, mlrn_here, monkeypatch, 
     shown = EventAccumulator(str(tmp_path / "tb_logger/tiny")).Reload()
     assert [event.step for event in shown.Scalars("lr")] == list(range(1, 9))
     assert set(shown.Tags()["images"]) == {f"tiny_val/{kind}" for kind in ("lq", "result", "gt")}
-
-
-def test_an_image_that_only_decoding_shows_to_be_broken(
-    tmp_path, test_options, paired_data, mlrn_here, monkeypatch, restore_stop, log
-):
-    """A test names it; a validation too, but training goes on, and ends with another code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(FastSRModel, "validation_failed", False)
-    shutil.copytree(paired_data / "gt", tmp_path / "gt")
-    broken = tmp_path / "gt/image3.png"
-    broken.write_bytes(broken.read_bytes()[:60])  # the header and no more
-    fast_options = make_fast(make_train_options(paired_data))
-    fast_options["datasets"]["val"]["dataroot_gt"] = str(tmp_path / "gt")
-    fast_options["train"]["total_iter"] = 4
-    fast_options["val"]["val_freq"] = 2
-    assert mlrn_here("train", "-opt", write_yaml(tmp_path / "tiny.yml", fast_options))[0] == 1
-    assert re.search("Validation of tiny_val failed: .*image3.*; training goes on", log.text)
-    assert (tmp_path / "experiments/tiny/models/net_g_latest.pth").exists()
-
-    test_options["datasets"]["test_1"]["dataroot_gt"] = str(tmp_path / "gt")
-    test_options["network_g"] = {"type": "Bicubic", "upscale": 2}
-    path = write_yaml(tmp_path / "test.yml", test_options)
-    code, _, err = mlrn_here("test", "-opt", path)
-    assert code == 2 and "Traceback" not in err
-    assert re.search("mlrn test: image .*image3.*cannot be read", err)
-
-
-def test_the_first_of_equal_scores_is_the_best(build, fast_options):
-    model = build(fast_options)
-    model._initialize_best_metric_results("tiny_val")
-    for step, value in ((10, 30.0), (20, 30.0), (30, 29.0)):
-        model._update_best_metric_result("tiny_val", "psnr", value, step)
-    assert model.best_metric_results["tiny_val"]["psnr"]["iter"] == 10
-
-
-def test_a_folder_that_cannot_be_synced_is_no_failure(build, fast_options, monkeypatch):
-    fast_options["logger"]["keep_last"] = 1
-    model = build(fast_options)
-    real = os.open
-
-    def refuse(path, *args, **kwargs):
-        if os.path.isdir(path):
-            raise PermissionError(13, "Permission denied")
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr(os, "open", refuse)
-    model.save(0, 1)
-    model.save(0, 2)
-    assert os.listdir(model.opt["path"]["models"]) == ["net_g_2.pth"]
-    assert os.listdir(model.opt["path"]["training_states"]) == ["2.state"]
-
-
-@ON_CPU
-@pytest.mark.slow
-@pytest.mark.parametrize("images", [2, 8])
-def test_processes_validate_to_the_digits_of_one(tmp_path, test_options, paired_data, images):
-    """Three of them, also with fewer images than that."""
-    for key in ("gt", "lq"):
-        (tmp_path / key).mkdir()
-        for path in sorted((paired_data / key).iterdir())[:images]:
-            shutil.copy(path, tmp_path / key)
-        test_options["datasets"]["test_1"][f"dataroot_{key}"] = str(tmp_path / key)
-    test_options["model_type"] = "FastSRModel"
-    torch.manual_seed(0)
-    test_options["path"]["pretrain_network_g"] = str(tmp_path / "net.pth")
-    torch.save(build_network(dict(test_options["network_g"])).state_dict(), tmp_path / "net.pth")
-    test_options["val"]["metrics"]["ssim"] = {"type": "calculate_ssim", "crop_border": 2}
-    path = write_yaml(tmp_path / "tiny.yml", test_options)
-    one = mlrn("test", "-opt", path, cwd=tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    three = subprocess.run(
-        [*command, "-m", "mlrn_arch.test", "-opt", path],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    scores = [re.findall(r"# (\w+: [\d.]+)", text) for text in (one.stdout, three.stdout)]
-    assert three.returncode == 0 and len(scores[0]) == 2, three.stdout
-    assert scores[0] == scores[1]
-
-
-@ON_CPU
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
-def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options, optimizer):
-    fast_options["train"]["optim_g"]["type"] = optimizer
-    if optimizer == "Muon":
-        fast_options["train"]["optim_g"]["bias_lr"] = 0.01
-    path = write_yaml(tmp_path / "tiny.yml", fast_options)
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "parts").mkdir()
-    whole = mlrn("train", "-opt", path, cwd=tmp_path / "whole")
-    assert whole.returncode == 0, whole.stdout
-
-    process = start_training(path, tmp_path / "parts")
-    first = ""
-    for line in process.stdout:
-        first += line
-        if "iter:      13," in line:
-            process.send_signal(signal.SIGTERM)
-    assert process.wait() == 128 + signal.SIGTERM, first
-    stopped = int(re.search(r"Stopped after iter (\d+)", first)[1])
-    assert 13 <= stopped < 40
-
-    second = mlrn("train", "-opt", path, "--auto_resume", cwd=tmp_path / "parts")
-    assert second.returncode == 0, second.stdout
-    assert f"iter: {stopped}." in second.stdout
-    assert {**losses(first), **losses(second.stdout)} == losses(whole.stdout)
-    latest = "experiments/tiny/models/net_g_latest.pth"
-    assert equal(weights(tmp_path / "whole" / latest), weights(tmp_path / "parts" / latest))
-    metric = r"psnr: (\S+)\tBest: (\S+) @ (\d+)"
-    assert re.findall(metric, second.stdout)[-1] == re.findall(metric, whole.stdout)[-1]
-
-
-@ON_CPU
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, fast_options):
-    fast_options["train"]["total_iter"] = 12
-    fast_options["datasets"]["train"]["dataset_enlarge_ratio"] = 4  # several epochs
-    path = write_yaml(tmp_path / "tiny.yml", fast_options)
-    force = ["--force_yml", "name=one", "datasets:train:batch_size_per_gpu=8"]
-    one = mlrn("train", "-opt", path, *force, cwd=tmp_path)
-    assert one.returncode == 0, one.stdout
-    process = start_training(path, tmp_path, processes=2)
-    two, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, two
-    expected = {step: float(loss) for step, loss in losses(one.stdout).items()}
-    found = {step: float(loss) for step, loss in losses(two).items()}
-    assert found == pytest.approx(expected, rel=1e-3) and len(found) == 12
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
@@ -582,42 +374,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(build, fast_options,
     assert not os.listdir(model.opt["path"]["models"])
 
 
-def test_keep_last_and_save_best(tmp_path, fast_options, mlrn_here, monkeypatch, restore_stop):
-    monkeypatch.chdir(tmp_path)
-    fast_options["logger"]["keep_last"] = 2
-    fast_options["val"].update(save_best="psnr", val_freq=10)
-    fast_options["train"]["optim_g"]["lr"] = 0.05  # so that the last is not the best
-    path = write_yaml(tmp_path / "tiny.yml", fast_options)
-    assert mlrn_here("train", "-opt", path)[0] == 0
-    experiment = tmp_path / "experiments/tiny"
-    names = {path.name for path in (experiment / "models").iterdir()}
-    kept = {"net_g_30.pth", "net_g_40.pth", "net_g_latest.pth", "net_g_best.pth"}
-    assert names == kept
-    states = {path.name for path in (experiment / "training_states").iterdir()}
-    assert states == {"30.state", "40.state"}
-
-
-def test_a_full_disk_does_not_end_the_run(build, fast_options, monkeypatch, caplog):
-    model = build(fast_options)
-    train(model, batches(1))
-    model.save(0, 1)
-    folder = Path(model.opt["path"]["models"])
-    saved = weights(folder / "net_g_1.pth")
-
-    def no_space(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", no_space)
-        model.save(0, 1)
-        model.save(0, 2)
-    assert [path.name for path in folder.iterdir()] == ["net_g_1.pth"]
-    assert equal(saved, weights(folder / "net_g_1.pth"))
-    assert os.listdir(model.opt["path"]["training_states"]) == ["1.state"]
-    model.save(0, 2)
-    assert (folder / "net_g_2.pth").exists()
-
-
 def test_a_broken_training_image_is_named(
     tmp_path, fast_options, paired_data, mlrn_here, monkeypatch, restore_stop
 ):
@@ -633,48 +389,3 @@ def test_a_broken_training_image_is_named(
     assert code == 2
     assert re.search(r"mlrn train: training image \{.*'image3'.*\} of .*gt.lmdb", err)
     assert "Traceback" not in err
-
-
-def test_resuming_with_other_options_says_what_differs(
-    tmp_path, fast_options, mlrn_here, monkeypatch, restore_stop, log
-):
-    monkeypatch.chdir(tmp_path)
-    path = write_yaml(tmp_path / "tiny.yml", fast_options)
-    short = ["--force_yml", "train:total_iter=10"]
-    assert mlrn_here("train", "-opt", path, *short)[0] == 0
-    log.clear()
-    changed = [
-        "--auto_resume",
-        "--force_yml",
-        "train:total_iter=12",
-        "train:pixel_opt:type=MSELoss",
-    ]
-    assert mlrn_here("train", "-opt", path, *changed)[0] == 0
-    assert "Resuming with another train:total_iter: 10 -> 12" in log.text
-    assert "Resuming with another train:pixel_opt:type: L1Loss -> MSELoss" in log.text
-    assert sorted(losses(log.text)) == [11, 12]
-
-
-@ON_CPU
-def test_a_dead_process_ends_the_run_with_a_message(tmp_path, fast_options):
-    fast_options["train"]["total_iter"] = 100_000
-    path = write_yaml(tmp_path / "tiny.yml", fast_options)
-    process = start_training(path, tmp_path, processes=2)
-    output = ""
-    for line in process.stdout:
-        output += line
-        if "iter:      15," in line:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-            deadline = time.monotonic() + 120
-        assert "iter:      15," not in output or time.monotonic() < deadline
-    assert process.wait() != 0
-    assert "another process of this run died" in output or "Stopped after iter" in output, output
-
-
-@ON_CPU
-@pytest.mark.slow
-def test_kills_at_random_moments_lose_nothing(tmp_path):
-    from kill_and_resume import kill_and_resume
-
-    kill_and_resume(tmp_path, kills=4)

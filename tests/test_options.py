@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import urllib.error
 from pathlib import Path
 
 import cv2
@@ -174,6 +175,18 @@ def test_a_key_without_a_value_is_not_there(build, fast_options):
     assert model.precision == model.val_precision == "fp32" and model.ema_decay == 0
     assert not {"warmup_iter"} & set(model.opt["train"])
     assert not {"filename_tmpl"} & set(model.opt["datasets"]["train"])
+
+
+def test_vgg_is_there_before_a_training_starts(tmp_path, train_options, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    monkeypatch.chdir(tmp_path)
+    weights = {"conv5_4": 1}
+    train_options["train"]["perceptual_opt"] = {"type": "PerceptualLoss", "layer_weights": weights}
+    with pytest.raises(UserError, match="VGG19 cannot be downloaded; put https://.* at exp.*pth"):
+        read(tmp_path, train_options)
 
 
 def test_periods_must_last(tmp_path, train_options):

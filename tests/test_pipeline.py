@@ -1,13 +1,11 @@
-"""BasicSR's own pipelines, run as commands on a CPU: train, kill, resume, several processes."""
+"""BasicSR's own pipelines, run as commands on a CPU: train, kill, resume, test."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import pytest
 import torch
-from conftest import mlrn, start_training, write_yaml
+from conftest import mlrn, write_yaml
 
 
 def losses(output: str) -> dict[int, float]:
@@ -75,16 +73,3 @@ def test_test_pipeline_loads_a_published_plain_state_dict(tmp_path, test_options
         scores.append(calculate_psnr(sr, gt, crop_border=2, test_y_channel=True))
     assert f"psnr: {sum(scores) / len(scores):.4f}" in result.stdout
     assert (tmp_path / "results/tiny").is_dir()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would want a GPU each")
-def test_two_processes_on_a_cpu(tmp_path: Path, train_options):
-    train_options["train"]["total_iter"] = 4
-    train_options["val"]["val_freq"] = 4
-    path = write_yaml(tmp_path / "tiny.yml", train_options)
-    process = start_training(path, tmp_path, processes=2)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert "World size (gpu number): 2" in output
-    assert sorted(losses(output)) == [1, 2, 3, 4]
-    assert (tmp_path / "experiments/tiny/models/net_g_latest.pth").exists()

@@ -24,18 +24,13 @@ STAGES = {"blocks": 1.0, "chain": 0.05, "output": 0.0}
 class DistillModel(FastSRModel):
     """`FastSRModel` that learns from a teacher, `network_t` with `path:pretrain_network_t`.
 
-    Without `network_t` the checkpoint says which network it is, of all that spandrel knows.
-    Takes every option of `FastSRModel`, whose losses compare the output with the teacher's, and
-    in `train:distill_opt`:
+    Without `network_t` the checkpoint says which network it is, of all that spandrel knows. The
+    losses compare the output with the teacher's. options/README.md lists `train:distill_opt`.
 
-        stage         blocks: every block is fed its teacher's input and trained on its teacher's
-                      output, all at once; chain: the network runs by itself, and the blocks'
-                      errors are added with a small weight; output: no blocks, for any teacher
-        block_weight  of the blocks' errors beside the losses (blocks: 1, chain: 0.05)
-        gt_weight     share of the losses that compares with `gt` instead, 0 (default) to 1
-
-    A block's error is log(r + 1e-4), r its mean squared error over the variance of the teacher's
-    output. Blocks correspond one to one; the teacher's features are the first of the student's.
+    In the stage `blocks` every block is fed its teacher's input, and all are trained at once. In
+    `chain` the network runs by itself. The error of a block is log(r + 1e-4); r is the mean
+    squared error over the variance of the teacher's output. Blocks correspond one to one, and the
+    teacher's features are the first of the student's.
     """
 
     def init_training_settings(self) -> None:
@@ -44,8 +39,8 @@ class DistillModel(FastSRModel):
         self.stage = distill["stage"]
         self.block_weight = distill.get("block_weight", STAGES[self.stage])
         self.gt_weight = distill.get("gt_weight", 0.0)
-        net_t = load_teacher(self.opt).to(self.device, memory_format=self.memory_format)
-        self.net_t = net_t.eval().requires_grad_(False)
+        net_t = load_teacher(self.opt).to(memory_format=self.memory_format)
+        self.net_t = net_t.to(self.device).eval().requires_grad_(False)
         super().init_training_settings()
         self.student_blocks, self.teacher_blocks = [], []
         if self.stage != "output":
@@ -55,19 +50,20 @@ class DistillModel(FastSRModel):
     def losses(self) -> OrderedDict[str, Tensor]:
         """Run teacher and student; the losses of the stage."""
         with torch.no_grad(), self._autocast(self.precision):
-            with _recorded(self.teacher_blocks) as theirs:
-                taught = self.net_t(self.lq).float()
-        forced = theirs if self.stage == "blocks" else None
-        with self._autocast(self.precision), _recorded(self.student_blocks, forced) as own:
+            with _recorded(self.teacher_blocks) as teacher_features:
+                target = self.net_t(self.lq).float()
+        forced = teacher_features if self.stage == "blocks" else None
+        with self._autocast(self.precision), _recorded(self.student_blocks, forced) as features:
             self.output = self.net_g(self.lq)
         output = self.output.float()
         losses: OrderedDict[str, Tensor] = OrderedDict()
-        for target, share in ((taught, 1 - self.gt_weight), (self.gt, self.gt_weight)):
+        for image, share in ((target, 1 - self.gt_weight), (self.gt, self.gt_weight)):
             if share:
-                for name, loss in self.compare(output, target).items():
+                for name, loss in self.compare(output, image).items():
                     losses[name] = losses.get(name, 0) + share * loss
         if self.student_blocks:
-            errors = [_error(a, b) for a, b in zip(own[1:], theirs[1:], strict=True)]
+            pairs = zip(features[1:], teacher_features[1:], strict=True)
+            errors = [_error(student, teacher) for student, teacher in pairs]
             losses["l_blocks"] = self.block_weight * torch.stack(errors).sum()
         return losses
 
@@ -86,19 +82,19 @@ def load_teacher(opt: dict[str, Any]) -> nn.Module:
     return sources.load(sources.Source("network_t", section, checkpoint, None, None, *how))[0]
 
 
-def _error(features: Tensor, taught: Tensor) -> Tensor:
+def _error(student: Tensor, teacher: Tensor) -> Tensor:
     """Log of the error of features relative to the teacher's variance; both (n, c, h, w)."""
-    taught = taught.float()
-    error = (features[:, : taught.shape[1]].float() - taught).square().mean((2, 3)).sum()
-    return torch.log(error / (taught.var((2, 3)).sum() + 1e-9) + 1e-4)
+    teacher = teacher.float()
+    error = (student[:, : teacher.shape[1]].float() - teacher).square().mean((2, 3)).sum()
+    return torch.log(error / (teacher.var((2, 3)).sum() + 1e-9) + 1e-4)
 
 
 @contextlib.contextmanager
 def _recorded(modules: list[nn.Module], forced: list[Tensor] | None = None) -> Iterator[list]:
     """Collect the input of the first of consecutive blocks, then the output of each.
 
-    With `forced`, what another network's blocks gave takes the place of each block's input, in
-    its first channels; the other channels are the network's own, without gradient.
+    With `forced`, another network's features replace the first channels of every block's input.
+    The other channels stay the network's own, without gradient.
     """
     features: list[Tensor] = []
 
@@ -107,8 +103,8 @@ def _recorded(modules: list[nn.Module], forced: list[Tensor] | None = None) -> I
             features.append(args[0])
         if forced is None:
             return None
-        theirs = forced[index].to(args[0].dtype)
-        return torch.cat([theirs, args[0][:, theirs.shape[1] :].detach()], 1)
+        replacement = forced[index].to(args[0].dtype)
+        return torch.cat([replacement, args[0][:, replacement.shape[1] :].detach()], 1)
 
     hooks = []
     for i, module in enumerate(modules):
@@ -140,13 +136,17 @@ def misfit(student: nn.Module, teacher: nn.Module, opt: dict[str, Any]) -> str |
     if stage == "output":
         return None
     try:
-        ours, theirs = blocks(student), blocks(teacher)
+        own, others = blocks(student), blocks(teacher)
     except ValueError as error:
         return f"stage {stage}: {error}; stage: output takes any teacher"
-    widths = [block[0].esa.conv4.out_channels for block in (ours, theirs)]
-    if len(ours) != len(theirs) or widths[0] < widths[1]:
+    width, teacher_width = (_width(parts[0]) for parts in (own, others))
+    if len(own) != len(others) or width < teacher_width:
         return (
-            f"stage {stage}: the student has {len(ours)} blocks of {widths[0]} features, the "
-            f"teacher {len(theirs)} of {widths[1]}; blocks must correspond, features suffice"
+            f"stage {stage}: the student has {len(own)} blocks of {width} features, the teacher "
+            f"{len(others)} of {teacher_width}; blocks must correspond, features suffice"
         )
     return None
+
+
+def _width(block: nn.Module) -> int:
+    return block.get_parameter("esa.conv4.weight").shape[0]

@@ -24,27 +24,11 @@ from mlrn_arch.models.resumable_model import ResumableModel
 class FastSRModel(ResumableModel):
     """`SRModel` in reduced precision, without a GPU sync a step, with saves that stay whole.
 
-    Takes every option of `SRModel`, and:
-
-        train:optim_g:type    Adam, or Muon, which learns more from each step
-        train:optim_g:bias_lr  Muon's learning rate of biases; lr by default
-        train:precision       fp32 (default), bf16, or fp16 (with loss scaling)
-        train:channels_last   true (default): the memory format that convolutions are fastest in
-        train:compile         false (default): `torch.compile` the network for training
-        train:inherit_network_g  start MLRN from RLFN's weights, or an MLRN's of another scale
-        train:grad_clip       largest norm of the gradient; no clipping by default
-        val:precision         fp32 (default), bf16 or fp16
-        val:save_best         a name below val:metrics; keeps `net_g_best.pth`, by the first
-                              validation set
-        logger:keep_last      how many of the newest checkpoints and states to keep; all by default
+    Takes every option of `SRModel`, and those that options/README.md lists.
 
     Raises:
-        UserError: An unknown precision or metric; a loss that is not finite.
+        UserError: A loss that is not finite.
     """
-
-    validation_failed = False  # of the process, so of the class
-    first_visuals: dict[str, torch.Tensor] = {}  # of a validation, for TensorBoard
-    partial = False  # while the metrics are those of one process among several
 
     def __init__(self, opt: dict[str, Any]) -> None:
         train, val = opt.get("train") or {}, opt.get("val") or {}
@@ -90,11 +74,9 @@ class FastSRModel(ResumableModel):
         inner = inner_weights(net, torch.zeros(1, channels, 64, 64, device=self.device))
         ids = {id(param) for param in inner}
         others = [n for n, p in net.named_parameters() if p.ndim > 1 and id(p) not in ids]
-        if "bias_lr" in kwargs:
-            biases = {id(p) for n, p in net.named_parameters() if n.endswith("bias")}
-            kwargs["biases"] = [param for param in params if id(param) in biases]
-            ids |= biases
-        rest = [param for param in params if id(param) not in ids]
+        biases = {id(p) for n, p in net.named_parameters() if n.endswith("bias")}
+        kwargs["biases"] = [param for param in params if id(param) in biases]
+        rest = [param for param in params if id(param) not in ids | biases]
         get_root_logger().info(
             f"Muon trains {len(inner)} weights, {sum(p.numel() for p in inner):,} parameters; "
             f"Adam biases and {len(others)} weights: {', '.join(others)}"
@@ -137,7 +119,7 @@ class FastSRModel(ResumableModel):
         """Train on the batch fed last. A gradient that is not finite leaves the weights alone."""
         self.optimizer_g.zero_grad()
         self.loss_dict = self.losses()
-        l_total = sum(self.loss_dict.values())
+        l_total = torch.stack(list(self.loss_dict.values())).sum()
         self.scaler.scale(l_total).backward()
         self.scaler.unscale_(self.optimizer_g)
         # A network may have parts that are of no use at this scale.
@@ -202,108 +184,40 @@ class FastSRModel(ResumableModel):
 
     def test(self) -> None:
         """Run the network (its EMA weights if there are any) on `lq`, in val:precision."""
-        if self.is_train and self.stop_signal and not self.opt["dist"]:
-            self._stop(self.current_iter, self.stop_signal)
+        self.stop_if_asked()
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
+        training = net.training
         net.eval()
-        with torch.inference_mode(), self._autocast(self.val_precision):
-            # Not through __call__: a compiled network would be compiled for every image size.
-            self.output = net.forward(self.lq).float()
-        net.train(self.is_train and not hasattr(self, "net_g_ema"))
+        try:
+            with torch.inference_mode(), self._autocast(self.val_precision):
+                # Not through __call__: a compiled network would be compiled for every image size.
+                self.output = net.forward(self.lq).float()
+        finally:
+            net.train(training)
 
     def validation(
-        self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool = False
+        self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool = False
     ) -> None:
-        """Validate as `SRModel` does, all processes together; keep the best by val:save_best."""
-        if self.is_train:  # BasicSR counts one step that it does not make
-            current_iter = min(current_iter, self.opt["train"]["total_iter"])
-        self.current_iter, self.first_visuals = current_iter, {}
+        """Validate as `ResumableModel` does, outside the time of samples/s."""
         since = time.monotonic()
-        name = dataloader.dataset.opt["name"]
-        try:
-            super().validation(dataloader, current_iter, tb_logger, save_img)
-        except Exception as error:
-            if not self.is_train:
-                raise
-            FastSRModel.validation_failed = True
-            reason = str(error).rpartition("UserError: ")[2]  # out of a worker with a traceback
-            get_root_logger().error(f"Validation of {name} failed: {reason}; training goes on")
-            return
-        finally:
-            self.samples_since += time.monotonic() - since
-        for kind, image in self.first_visuals.items() if tb_logger else ():
-            tb_logger.add_image(f"{name}/{kind}", image[0].clamp(0, 1), current_iter)
-        metric = self.opt["val"].get("save_best")
-        if self.is_train and metric and self.opt["rank"] == 0:
-            first, records = next(iter(self.best_metric_results.items()))
-            if first == name and records[metric]["iter"] == current_iter:
-                self._write(self._networks(), self._model_path("best"))
+        super().validation(dataloader, current_iter, tb_logger, save_img)
+        self.samples_since += time.monotonic() - since
 
-    def get_current_visuals(self) -> OrderedDict[str, torch.Tensor]:
-        """The images of the last `test`: lq, result and gt, (1, c, h, w) in [0, 1]."""
-        visuals = super().get_current_visuals()
-        self.first_visuals = self.first_visuals or visuals
-        return visuals
+    def training_state(self, epoch: int, current_iter: int) -> dict[str, Any]:
+        """What `ResumableModel` saves, and the loss scaling of fp16."""
+        state = super().training_state(epoch, current_iter)
+        return {**state, "scaler": self.scaler.state_dict()}
 
-    def dist_validation(
-        self, dataloader: Any, current_iter: int, tb_logger: Any, save_img: bool
-    ) -> None:
-        """Validate every world_size-th image here; `_gather` brings them together.
+    def save(self, epoch: int, current_iter: int) -> None:
+        """Save as `ResumableModel` does, unless a loss was not finite."""
+        self._check_finite()
+        super().save(epoch, current_iter)
 
-        A process for which no image is left takes the first, and does not count it.
-        """
-        own = range(self.opt["rank"], len(dataloader.dataset), self.opt["world_size"])
-        self.counted, self.partial = len(own), True
-        shard = torch.utils.data.Subset(dataloader.dataset, own or [0])
-        shard.opt = dataloader.dataset.opt
-        loader = torch.utils.data.DataLoader(shard, num_workers=dataloader.num_workers)
-        failure = None
-        try:
-            self.nondist_validation(loader, current_iter, tb_logger, save_img)
-        except Exception as error:  # told after the others, who must not wait for this process
-            failure = error
-        failures = torch.tensor(float(failure is not None), device=self.device)
-        torch.distributed.all_reduce(failures)
-        if failure or failures:
-            raise failure or UserError("another process could not validate its images")
-        self._gather(current_iter, shard.opt["name"], tb_logger)
-
-    def _initialize_best_metric_results(self, dataset_name: str) -> None:
-        before = getattr(self, "best_metric_results", {})
-        self.best_metric_results = {}
-        super()._initialize_best_metric_results(dataset_name)
-        # What was found before counts, but the option file may ask for other metrics now.
-        best = self.best_metric_results[dataset_name]
-        best.update({k: v for k, v in before.get(dataset_name, {}).items() if k in best})
-        self.best_metric_results = before | self.best_metric_results
-
-    def _update_best_metric_result(
-        self, dataset_name: str, metric: str, val: float, current_iter: int
-    ) -> None:
-        # The first of equals; and of several processes only their mean.
-        equal = val == self.best_metric_results[dataset_name][metric]["val"]
-        if not equal and not self.partial:
-            super()._update_best_metric_result(dataset_name, metric, val, current_iter)
-
-    def _log_validation_metric_values(
-        self, current_iter: int, dataset_name: str, tb_logger: Any
-    ) -> None:
-        if not self.partial and self.opt["rank"] == 0:
-            super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
-
-    def _gather(self, current_iter: int, dataset_name: str, tb_logger: Any) -> None:
-        """The metrics of all processes' images from those of each."""
-        self.partial = False
-        if not self.opt["val"].get("metrics"):
-            return
-        sums = [value * self.counted for value in self.metric_results.values()]
-        sums = torch.tensor([*sums, self.counted], dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(sums)
-        *sums, count = sums.tolist()
-        for metric, total in zip(self.metric_results, sums, strict=True):
-            self.metric_results[metric] = total / count
-            self._update_best_metric_result(dataset_name, metric, total / count, current_iter)
-        self._log_validation_metric_values(current_iter, dataset_name, tb_logger)
+    def resume_training(self, resume_state: dict[str, Any]) -> None:
+        """Resume as `ResumableModel` does, with the loss scaling of fp16."""
+        super().resume_training(resume_state)
+        if scaler := resume_state.get("scaler"):
+            self.scaler.load_state_dict(scaler)
 
 
 def inherit_weights(network: torch.nn.Module, path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,16 +14,16 @@ class Muon(torch.optim.Adam):
 
     After Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). A
     convolution is the matrix of its (c_out, c_in * k * k) weights. `torch.optim.Muon` takes no
-    convolutions, and turns each matrix by itself, in bf16. Parameters that this is not made for
-    are Adam's, in the same optimizer: a gradient that is not finite leaves all of them alone.
+    convolutions and works in bf16. Adam trains the other parameters, in the same optimizer: a
+    gradient that is not finite leaves all of them alone.
 
     Args:
         inner: Muon's weights, of at least two dimensions; see `inner_weights`.
         rest: Adam's parameters.
         lr: Learning rate, the root mean square of what a step adds to a weight; Adam's fit.
-        biases: Parameters of Adam's as well, with a learning rate of their own.
-        bias_lr: That of `biases`. Features of images in [0, 255] are 255 times as large as in
-            [0, 1], and what is added to them has as far to go.
+        biases: More parameters of Adam's, with a learning rate of their own.
+        bias_lr: Learning rate of `biases`; `lr` by default. In the image range [0, 255] features
+            are 255 times as large as in [0, 1], and biases have as far to go.
         momentum: Of Muon's gradient, in Nesterov's form.
         betas, eps, weight_decay: Adam's.
     """
@@ -40,7 +40,7 @@ class Muon(torch.optim.Adam):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": list(rest)},
             {"params": list(biases), "lr": bias_lr or lr},
             {"params": list(inner), "momentum": momentum},
@@ -49,27 +49,24 @@ class Muon(torch.optim.Adam):
         super().__init__(groups, lr, betas, eps, weight_decay, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Any = None) -> Any:
         """Make a step; where `self.found_inf` is set, nothing changes."""
-        loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            raise NotImplementedError("Muon makes one step a gradient, so takes no closure")
         groups = self.param_groups
         for group in groups:
             if "momentum" in group:
-                self._turn(group)
+                self._step_muon(group)
         self.param_groups = [group for group in groups if "momentum" not in group]
         try:
-            super().step()
+            return super().step()
         finally:
             self.param_groups = groups
-        return loss
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # Adam's looks for its own moments
 
-    def _turn(self, group: dict[str, Any]) -> None:
+    def _step_muon(self, group: dict[str, Any]) -> None:
         found_inf = getattr(self, "found_inf", None)
         updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for param in group["params"]:
@@ -85,7 +82,7 @@ class Muon(torch.optim.Adam):
             buffer.lerp_(grad, 1 - group["momentum"])
             update = grad.lerp(buffer, group["momentum"]).flatten(1)
             updates.setdefault(update.shape, []).append((param, update))
-        for shape, pairs in updates.items():  # equal shapes at once, for a GPU's sake
+        for shape, pairs in updates.items():  # equal shapes at once: fewer kernels on a GPU
             length = -group["lr"] * max(shape) ** 0.5
             if found_inf is not None:
                 length = length * (found_inf == 0)
@@ -95,17 +92,17 @@ class Muon(torch.optim.Adam):
 
 
 def inner_weights(network: nn.Module, image: Tensor) -> list[nn.Parameter]:
-    """What Muon is made for: weights of convolutions and linear layers inside a network.
+    """The weights that Muon is made for: of convolutions and linear layers inside a network.
 
-    Not those of the first and the last layer that run on `image`, (1, c, h, w), nor those that
-    read or write images in between, nor depthwise, grouped or transposed convolutions.
+    Without the first and the last layer that run on `image`, (1, c, h, w), those that read or
+    write images in between, and depthwise, grouped or transposed convolutions.
     """
     ran: list[nn.Module] = []
-    kinds = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)
     hooks = [
         module.register_forward_pre_hook(lambda module, _: ran.append(module))
         for module in network.modules()
-        if isinstance(module, kinds) and module.weight.requires_grad
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d))
+        and module.weight.requires_grad
     ]
     training = network.training
     try:
@@ -115,11 +112,12 @@ def inner_weights(network: nn.Module, image: Tensor) -> list[nn.Parameter]:
         network.train(training)
         for hook in hooks:
             hook.remove()
+    inside = [module for module in dict.fromkeys(ran) if module not in (ran[0], ran[-1])]
     return [
         module.weight
-        for module in dict.fromkeys(ran)
-        if module not in (ran[0], ran[-1])
-        and not isinstance(module, nn.ConvTranspose2d)
+        for module in inside
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+        and isinstance(module.weight, nn.Parameter)
         and getattr(module, "groups", 1) == 1
         and min(module.weight.shape[:2]) > image.shape[1]
     ]

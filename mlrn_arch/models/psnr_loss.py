@@ -16,19 +16,14 @@ Y_ROUNDING = ROUNDING * (65.481**2 + 128.553**2 + 24.966**2) / 255**2
 class PSNRLoss(nn.Module):
     """Minus the mean PSNR of a batch's images, on RGB, on Y, or between the two.
 
-    The mean absolute or squared error of a batch is that of its hardest images; in dB a tenth
-    less error counts the same in each. Images are scored as rounded to 8 bits, so that 58.9 dB is
-    the most one can have, and 63.7 dB on Y.
+    In dB a tenth less error counts the same in every image, where L1 and MSE follow the hardest
+    ones. Images are scored as rounded to 8 bits: RGB reaches 58.9 dB at most, and Y 63.7 dB.
 
     Args:
-        loss_weight: factor of the loss.
-        y_weight: share of the PSNR on Y, 0 to 1, the rest being that on RGB. Y alone would let
-            colours drift.
-        floor: what is added to the squared error of every image, as a share of the batch's mean;
-            without it the flattest crops, whose error is next to nothing, decide the gradient.
-
-    Raises:
-        ValueError: `y_weight` is not from 0 to 1, or `floor` is negative.
+        loss_weight: Factor of the loss.
+        y_weight: Share of the PSNR on Y, 0 to 1; the rest is on RGB. Y alone lets colours drift.
+        floor: This share of the batch's mean squared error is added to the error of every image.
+            Without it the flattest crops, whose error is almost 0, decide the gradient.
     """
 
     def __init__(self, loss_weight: float = 1.0, y_weight: float = 0.0, floor: float = 0.0) -> None:
@@ -37,9 +32,7 @@ class PSNRLoss(nn.Module):
             raise ValueError(f"floor must not be negative, but is {floor}")
         if not 0 <= y_weight <= 1:
             raise ValueError(f"y_weight must be from 0 to 1, not {y_weight}")
-        self.loss_weight = loss_weight
-        self.y_weight = y_weight
-        self.floor = floor
+        self.loss_weight, self.y_weight, self.floor = loss_weight, y_weight, floor
 
     def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Compare images in [0, 1], RGB (n, 3, h, w) or Y (n, 1, h, w); returns dB, fp32."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import os
-import random
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,74 +18,84 @@ import torch
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 
+from mlrn_arch import checkpoints
 from mlrn_arch.compat import newest_states
-from mlrn_arch.data import ResumableSampler
+from mlrn_arch.data import ResumableSampler, seed_everything
 from mlrn_arch.errors import UserError
+from mlrn_arch.files import atomic_write
+from mlrn_arch.models.validation import is_better, validate
 
-# What decides the course of a run; machines may differ in the rest (workers, pinned memory).
-COMPARED = (
-    "scale",
-    "manual_seed",
-    "world_size",
-    "network_g",
-    "network_t",
-    "datasets:train",
-    "train",
-)
+# Options that decide the course of a run, but for those that may differ between machines. A
+# resume logs which of them changed.
+COMPARED = ("scale", "manual_seed", "world_size", "network_g", "network_t", "train")
+NOT_COMPARED = ("num_worker_per_gpu", "prefetch_mode", "pin_memory", "dataroot_gt", "dataroot_lq")
 NOT_FINISHED = 75  # sysexits.h's "try again later", the exit code of --time_limit
 TIME_IS_UP = 14  # in place of a signal's number; SIGALRM's, where a system has it
-NOT_COMPARED = ("num_worker_per_gpu", "prefetch_mode", "pin_memory", "dataroot_gt", "dataroot_lq")
+SAME_SIGNAL = 3.0  # seconds; torchrun repeats the Ctrl-C that the terminal sent to all processes
 
 
 class ResumableModel(SRModel):
-    """The saving, stopping and resuming of `FastSRModel`, which trains with it."""
+    """The saving, validating, resuming and stopping of `FastSRModel`, which trains with it."""
 
-    sampler: ResumableSampler | None = None  # set by `mlrn train`; its position is saved
-    stop_signal = 0  # of the process, so of the class
-    samples_seen = 0
+    # Set by `mlrn train`:
+    sampler: ResumableSampler | None = None  # its position is saved
+    val_loaders: list[Any] = []
+    tb_logger: Any = None
+    # Of the process, so of the class:
+    stop_signal = 0
+    signalled_at: float | None = None
+
+    validation_failed = False
+    done = samples_seen = 0  # steps, and samples of all processes
+    saved: tuple[int, int] | None = None  # epoch and iteration of the newest state
+    resumed = False  # before the first step
 
     def __init__(self, opt: dict[str, Any]) -> None:
-        self.started_with = {
-            key: copy.deepcopy(value) for key in COMPARED if (value := _get(opt, key)) is not None
-        }
+        compared = {key: opt[key] for key in COMPARED if opt.get(key) is not None}
+        if "train" in opt["datasets"]:
+            compared["datasets:train"] = opt["datasets"]["train"]
+        self.started_with = copy.deepcopy(compared)
+        self.validated: dict[str, int] = {}  # name of a set -> iteration of its last validation
         super().__init__(opt)
 
-    def save(self, epoch: int, current_iter: int) -> None:
-        """Write the networks and the training state, each of them whole or not at all.
+    # Saving
 
-        Args:
-            epoch: The running epoch.
-            current_iter: Steps done; -1 writes `net_g_latest.pth` alone, as BasicSR does.
-        """
-        self._check_finite()
+    def save(self, epoch: int, current_iter: int) -> None:
+        """Write networks and training state, whole or not at all; -1 is `net_g_latest.pth`."""
         if self.opt["rank"] != 0:
             return
         if current_iter == -1:
             self._write(self._networks(), self._model_path("latest"))
-            return
-        state = {
+        # The network first: a state without its network could not be resumed.
+        elif self._write(self._networks(), self._model_path(current_iter)) and self._write(
+            self.training_state(epoch, current_iter), self._state_path(current_iter)
+        ):
+            self.saved = epoch, current_iter
+            self._prune()
+
+    def training_state(self, epoch: int, current_iter: int) -> dict[str, Any]:
+        """All that a resume needs beside the networks, in types that load without running code."""
+        return {
             "epoch": epoch,
             "iter": current_iter,
             "optimizers": [self.optimizer_g.state_dict()],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "scaler": self.scaler.state_dict(),
             "samples_seen": self.samples_seen,
-            "best_metric_results": _plain(getattr(self, "best_metric_results", None)),
-            "rng": _random_states(),
+            "best_metric_results": _plain(getattr(self, "best_metric_results", {})),
+            "validated": dict(self.validated),
             "started_with": _plain(self.started_with),
         }
-        # The network first: a state without its network could not be resumed.
-        if self._write(self._networks(), self._model_path(current_iter)) and self._write(
-            state, self._state_path(current_iter)
-        ):
-            self._prune()
 
-    def _networks(self) -> dict[str, dict[str, torch.Tensor]]:
+    def _networks(self) -> dict[str, Any]:
         networks = {"params": self.get_bare_model(self.net_g)}
         if hasattr(self, "net_g_ema"):
             networks["params_ema"] = self.net_g_ema
+        network_g = _plain(self.opt["network_g"])
         return {
-            key: {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
+            key: checkpoints.note(
+                {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()},
+                network_g,
+            )
             for key, net in networks.items()
         }
 
@@ -96,30 +107,18 @@ class ResumableModel(SRModel):
 
     @staticmethod
     def _write(content: dict[str, Any], path: str) -> bool:
-        """Write a file so that it is there whole or not at all; False if there was no room."""
-        buffer = io.BytesIO()
+        """Write a file, whole or not at all; False if the disk refused."""
+        buffer = io.BytesIO()  # torch tells a full disk in other errors than the system
         torch.save(content, buffer)
-        part = f"{path}.part"
         try:
-            with open(part, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            with atomic_write(path) as part:
+                part.write_bytes(buffer.getbuffer())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.remove(part)
             get_root_logger().error(
-                f"Could not save {path}: {error.strerror}. The run goes on; what was saved before "
-                "is kept. Make room: the next save tries again."
+                f"Could not save {path}: {error.strerror}. Training goes on, and earlier saves "
+                "are kept. Make room: the next save tries again."
             )
             return False
-        with contextlib.suppress(OSError):  # Windows and some networks' file systems refuse
-            folder = os.open(os.path.dirname(path), os.O_RDONLY)
-            try:
-                os.fsync(folder)  # a power cut must not forget the rename
-            finally:
-                os.close(folder)
         return True
 
     def _prune(self) -> None:
@@ -130,53 +129,131 @@ class ResumableModel(SRModel):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
 
+    # Validating
+
+    nondist_validation = validate
+    dist_validation = functools.partialmethod(validate, shared=True)
+
+    def validation(
+        self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool = False
+    ) -> None:
+        """Validate; in training keep the best network by `val:save_best`, and survive a failure."""
+        if not self.is_train:
+            super().validation(dataloader, current_iter, tb_logger, save_img)
+            return
+        name = dataloader.dataset.opt["name"]
+        if self.validated.get(name) == self.done:  # at the end BasicSR validates once more,
+            return
+        try:  # and counts a step that it did not make
+            super().validation(dataloader, self.done, tb_logger, save_img)
+        except Exception as error:
+            self.validation_failed = True
+            reason = str(error).rpartition("UserError: ")[2]  # out of a worker with a traceback
+            get_root_logger().error(f"Validation of {name} failed: {reason}; training goes on")
+            return
+        self.validated[name] = self.done
+        if self.opt["rank"] == 0:
+            self._save_best(name)
+            if self.saved and self.saved[1] == self.done:  # before these scores were known
+                self._write(self.training_state(*self.saved), self._state_path(self.done))
+
+    def _save_best(self, name: str) -> None:
+        """Write `net_g_best.pth` if the first validation set has its best score so far.
+
+        The file itself says which score it has, so that neither a kill nor a resume puts a worse
+        network in its place. A file of another set or metric is replaced.
+        """
+        metric, sets = self.opt["val"].get("save_best"), self.opt["datasets"].values()
+        first = next(opt["name"] for opt in sets if opt["phase"] == "val")
+        if name != first or metric not in self.metric_results:
+            return
+        path, best = self._model_path("best"), self.best_metric_results[name][metric]
+        kind = {"dataset": name, "metric": metric, "better": best["better"]}
+        value, saved = self.metric_results[metric], None
+        with contextlib.suppress(UserError):  # there is none yet
+            saved = checkpoints.read(path).get("best")
+            if saved is None and best["iter"] != self.done:
+                return  # an earlier version's file, whose score the training state has
+        if saved and kind.items() <= saved.items():
+            if not is_better(value, saved["val"], best["better"]):
+                if saved["iter"] > self.done:
+                    get_root_logger().info(
+                        f"{path} stays that of iter {saved['iter']}, whose {metric} is "
+                        f"{saved['val']:.4f}"
+                    )
+                return
+        self._write({**self._networks(), "best": {**kind, "val": value, "iter": self.done}}, path)
+
+    # Resuming
+
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Continue exactly where a state was saved; a state of stock `SRModel` does as well.
+
+        The settings of the optimizer and the schedule are those of the option file now.
 
         Raises:
             UserError: The state is that of another optimizer or network.
         """
+        self.done = done = resume_state["iter"]
+        self._load_optimizer(resume_state["optimizers"][0])
+        self._set_schedule(min(done, self.opt["train"]["total_iter"]))
+        for folder in ("models", "training_states"):  # what a kill in the middle of a save left
+            for name in os.listdir(self.opt["path"][folder]):
+                if name.startswith(".") and ".part." in name and self.opt["rank"] == 0:
+                    os.remove(os.path.join(self.opt["path"][folder], name))
+        if self.sampler:
+            self.samples_seen = resume_state.get("samples_seen", done * self.sampler.batch_size)
+            self.sampler.skip = self.samples_seen
+        self.best_metric_results = resume_state.get("best_metric_results") or {}
+        if "validated" in resume_state:
+            self.validated, self.resumed = resume_state["validated"], True
+        if os.path.abspath(self.opt["path"].get("resume_state", "")) == self._state_path(done):
+            self.saved = resume_state["epoch"], done
+        now = _plain(self.started_with)
+        for key, before, after in _differences(resume_state.get("started_with", now), now):
+            get_root_logger().warning(f"Resuming with another {key}: {before} -> {after}")
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Load what the optimizer knows of every weight; its settings stay the option file's."""
         groups = self.optimizer_g.param_groups
         try:
-            saved_groups = resume_state["optimizers"][0]["param_groups"]
-            for saved, group in zip(saved_groups, groups, strict=False):
-                own = ("params", "lr", "initial_lr")
-                saved.update({key: v for key, v in group.items() if key not in own})
-            super().resume_training(resume_state)
-        except (AssertionError, ValueError) as error:
+            saved_groups = [
+                {**group, "params": saved_group["params"]}
+                for saved_group, group in zip(saved["param_groups"], groups, strict=False)
+            ]
+            self.optimizer_g.load_state_dict({**saved, "param_groups": saved_groups})
+            for param, state in self.optimizer_g.state.items():
+                if self.opt["train"]["optim_g"].get("amsgrad"):  # which may be new
+                    state.setdefault("max_exp_avg_sq", torch.zeros_like(param))
+                for key, value in state.items():
+                    if key != "step":  # in the parameter's memory format, not in its own
+                        state[key] = torch.empty_like(param).copy_(value.reshape(param.shape))
+        except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the training state does not fit train:optim_g and network_g ({error}); resume "
                 "with those that it was saved with, or begin with its weights as "
                 "path:pretrain_network_g under another name"
             ) from None
-        for param, state in self.optimizer_g.state.items():
-            for key, value in state.items():
-                if value.shape == param.shape:  # in the parameter's memory format, not its own
-                    state[key] = torch.empty_like(param).copy_(value)
-        for folder in ("models", "training_states"):  # what a kill in the middle of a save left
-            for name in os.listdir(self.opt["path"][folder]):
-                if name.endswith(".part") and self.opt["rank"] == 0:
-                    os.remove(os.path.join(self.opt["path"][folder], name))
-        if self.sampler:
-            self.samples_seen = resume_state.get(
-                "samples_seen", resume_state["iter"] * self.sampler.batch_size
-            )
-            self.sampler.skip = self.samples_seen
-        if "rng" not in resume_state:
-            return
-        if resume_state["scaler"]:
-            self.scaler.load_state_dict(resume_state["scaler"])
-        if resume_state["best_metric_results"] is not None:
-            self.best_metric_results = resume_state["best_metric_results"]
-        if self.opt["rank"] == 0:
-            _set_random_states(resume_state["rng"])
-        now = _plain(self.started_with)
-        for key, before, after in _differences(resume_state["started_with"], now):
-            get_root_logger().warning(f"Resuming with another {key}: {before} -> {after}")
+
+    def _set_schedule(self, done: int) -> None:
+        """Bring the learning rates to where `done` steps by the option file leave them."""
+        warmup_iter = self.opt["train"].get("warmup_iter", -1)
+        if warm := max(0, min(done, warmup_iter - 1)):
+            rates = self._get_init_lr()
+            self._set_lr([[rate / warmup_iter * warm for rate in group] for group in rates])
+        for scheduler in self.schedulers:
+            changes = {*getattr(scheduler, "milestones", ()), *getattr(scheduler, "restarts", ())}
+            first, last = max(warm, 1), done - 1  # after step i a schedule counts i - 1
+            for epoch in sorted({e for e in changes if first <= e < last} | {last}):
+                scheduler.last_epoch = epoch
+                if epoch >= first:
+                    self._set_lr([scheduler.get_lr()])
+
+    # Steps and stops
 
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
-        """Begin a step: set its learning rate, unless the run was asked to stop."""
-        stop = self.stop_signal
+        """Begin a step: set its learning rate and seed, unless the run was asked to stop."""
+        stop, val = self.stop_signal, self.opt.get("val")
         # To agree is a sync; a GPU makes ten steps before anyone would notice.
         if self.opt["dist"] and (self.device.type == "cpu" or current_iter % 10 == 0):
             agreed = torch.tensor(stop, device=self.device)
@@ -186,34 +263,42 @@ class ResumableModel(SRModel):
             stop = 0
         if stop:
             self._stop(current_iter - 1, stop)
+        if self.resumed and val and (current_iter - 1) % val["val_freq"] == 0:
+            for loader in self.val_loaders:  # of which the run before did not finish all
+                self.validation(loader, current_iter - 1, self.tb_logger, val["save_img"])
+        self.resumed, self.done = False, current_iter
         super().update_learning_rate(current_iter, warmup_iter)
+        # A step's random numbers depend on nothing before it, so that no state must hold them.
+        seed_everything(f"{self.opt['manual_seed']}:{self.opt['rank']}:{current_iter}")
 
     @classmethod
     def ask_to_stop(cls, signum: int, frame: Any) -> None:
         """Handle a signal: finish the step, save and leave; on a second one leave at once."""
-        if cls.stop_signal:
+        now = time.monotonic()
+        if cls.signalled_at is None:
+            cls.stop_signal, cls.signalled_at = cls.stop_signal or signum, now
+            name = signal.Signals(signum).name
+            get_root_logger().warning(f"{name}: finishing the step, saving, stopping")
+        elif now - cls.signalled_at > SAME_SIGNAL:
             raise KeyboardInterrupt
-        cls.stop_signal = signum
-        name = signal.Signals(signum).name
-        get_root_logger().warning(f"{name}: finishing the step, saving, stopping")
 
     @classmethod
     def time_is_up(cls) -> None:
         """Finish the step, save and leave with the exit code `NOT_FINISHED`."""
         cls.stop_signal = cls.stop_signal or TIME_IS_UP
 
+    def stop_if_asked(self) -> None:
+        """Save and leave in the middle of a validation, which a resume does again."""
+        if self.is_train and self.stop_signal and not self.opt["dist"]:
+            self._stop(self.done, self.stop_signal)
+
     def _stop(self, done: int, signum: int) -> None:
         if done > 0:
             self.save(self.sampler.epoch if self.sampler else 0, done)
+        if self.opt["dist"]:  # torchrun ends all processes as soon as the first has left
+            torch.distributed.barrier()
         get_root_logger().info(f"Stopped after iter {done}; --auto_resume goes on from there.")
         raise SystemExit(NOT_FINISHED if signum == TIME_IS_UP else 128 + signum)
-
-
-def _get(opt: dict[str, Any], key: str) -> Any:
-    """The value of `section:key` in options, or None."""
-    for name in key.split(":"):
-        opt = (opt or {}).get(name)
-    return opt
 
 
 def _plain(value: Any) -> Any:
@@ -233,21 +318,3 @@ def _differences(before: Any, after: Any, where: str = "") -> Iterator[tuple[str
             yield from _differences(before.get(key), after.get(key), inner)
     elif before != after:
         yield where, before, after
-
-
-def _random_states() -> dict[str, Any]:
-    numpy_state = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])

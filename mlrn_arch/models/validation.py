@@ -1,0 +1,153 @@
+"""Validations and tests: the outputs and scores of a data set."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import statistics
+import types
+import warnings
+from typing import Any
+
+import cv2
+import torch
+from basicsr.metrics import calculate_metric
+from basicsr.models import build_model as build_stock_model
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger, imwrite, tensor2img
+from basicsr.utils.registry import METRIC_REGISTRY
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from mlrn_arch.errors import UserError
+
+Scores = dict[str, dict[str, float]]  # path of the LR image -> name of the metric -> value
+
+
+def build_model(opt: dict[str, Any]) -> Any:
+    """BasicSR's `build_model`; `SRModel` and kinds of it validate as this module does."""
+    model = build_stock_model(opt)
+    if getattr(type(model), "nondist_validation", None) is SRModel.nondist_validation:
+        model.nondist_validation = types.MethodType(validate, model)
+    return model
+
+
+def validate(
+    model: SRModel,
+    loader: Any,
+    current_iter: int | str,
+    tb_logger: Any,
+    save_img: bool,
+    shared: bool = False,
+) -> None:
+    """Score the images of a loader, log the means and update the best results.
+
+    Takes the place of `SRModel.nondist_validation`. With `shared` every process scores its share
+    of the images, and all of them find the same means.
+    """
+    name, scores, failure = loader.dataset.opt["name"], {}, None
+    if shared:
+        rank, world_size = model.opt["rank"], model.opt["world_size"]
+        share = Subset(loader.dataset, range(rank, len(loader.dataset), world_size))
+        loader = DataLoader(share, num_workers=loader.num_workers)
+    try:
+        scores = _score(model, loader, name, current_iter, tb_logger, save_img)
+    except Exception as error:
+        if not shared:
+            raise
+        failure = error  # raised below: the other processes must not wait for this one
+    if shared:
+        gathered: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(gathered, (scores, failure and str(failure)))
+        for theirs, reason in gathered:
+            if reason is not None:
+                raise failure or UserError(reason)
+            scores |= theirs
+    _summarize(model, name, scores, current_iter, tb_logger)
+
+
+def _score(
+    model: SRModel,
+    loader: DataLoader,
+    set_name: str,
+    current_iter: int | str,
+    tb_logger: Any,
+    save_img: bool,
+) -> Scores:
+    """Run a model on every image; save the outputs and compute the metrics of `val:metrics`."""
+    val, scores = model.opt["val"], Scores()
+    for data in tqdm(loader, set_name, unit="image", disable=not val.get("pbar", False)):
+        path = data["lq_path"][0]
+        image_name = os.path.splitext(os.path.basename(path))[0]
+        for tensor in ("lq", "gt", "output"):  # of the last training batch or image
+            vars(model).pop(tensor, None)
+        model.feed_data(data)
+        model.test()
+        visuals = model.get_current_visuals()
+        if tb_logger and not scores:
+            for kind, image in visuals.items():
+                tb_logger.add_image(f"{set_name}/{kind}", image[0].clamp(0, 1), current_iter)
+        images = {"img": tensor2img([visuals["result"]])}
+        if "gt" in visuals:
+            images["img2"] = tensor2img([visuals["gt"]])
+        if save_img:
+            parts = [image_name, f"{image_name}_{current_iter}.png"]
+            if not model.is_train:
+                parts = [f"{image_name}_{val['suffix'] or model.opt['name']}.png"]
+            folder = model.opt["path"]["visualization"]
+            imwrite(images["img"], os.path.join(folder, set_name, *parts))
+        scores[path] = {
+            metric: _value(images, opt)
+            for metric, opt in (val.get("metrics") or {}).items()
+            if "img2" in images or not _needs_gt(opt["type"])
+        }
+    return scores
+
+
+def _needs_gt(metric: str) -> bool:
+    return "img2" in inspect.signature(METRIC_REGISTRY.get(metric)).parameters
+
+
+def _value(images: dict[str, Any], opt: dict[str, Any]) -> float:
+    try:
+        with warnings.catch_warnings():  # NumPy warns of the mean of nothing
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return float(calculate_metric(images, opt))
+    except cv2.error:  # crop_border leaves nothing of the image
+        return math.nan
+
+
+def _summarize(
+    model: SRModel, set_name: str, scores: Scores, current_iter: int | str, tb_logger: Any
+) -> None:
+    """Average the finite values of each metric; images with others are named.
+
+    PSNR is infinite where the output equals GT. Images smaller than SSIM's window have none.
+    """
+    model.metric_results = {}
+    best_results = vars(model).setdefault("best_metric_results", {}).setdefault(set_name, {})
+    for metric, opt in (model.opt["val"].get("metrics") or {}).items():
+        values = {path: of_image[metric] for path, of_image in scores.items() if metric in of_image}
+        finite = [value for value in values.values() if math.isfinite(value)]
+        odd = [f"{path} ({v})" for path, v in values.items() if not math.isfinite(v)]
+        if not values:
+            get_root_logger().warning(f"{set_name} has no GT images: no {metric}")
+        elif odd:
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            mean = f"the mean is that of the other {len(finite)}" if finite else "there is no mean"
+            get_root_logger().warning(
+                f"{set_name}: {metric} is not finite for {', '.join(odd[:3])}{more}; {mean}"
+            )
+        if finite:
+            mean_value = model.metric_results[metric] = statistics.fmean(finite)
+            better, best = opt.get("better", "higher"), best_results.get(metric)
+            if best is None or is_better(mean_value, best["val"], better):
+                best_results[metric] = {"better": better, "val": mean_value, "iter": current_iter}
+    if model.metric_results:
+        model._log_validation_metric_values(current_iter, set_name, tb_logger)
+
+
+def is_better(value: float, other: float, better: str) -> bool:
+    """Whether a value is better than another, by "higher" or "lower"; an equal one is not."""
+    return value > other if better == "higher" else value < other
