@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ import tifffile
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from mlrn_arch.errors import first_line
+from mlrn_arch.files import atomic_write
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 FORMATS |= {".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -30,7 +30,6 @@ _ORIENTATION, _EXIF_IFD, _GPS_IFD = 0x0112, 0x8769, 0x8825
 _DESCRIPTIVE = {269, 270, 271, 272, 285, 305, 306, 315, 316}
 _PAYLOADS = {33723, 34377, 34675, 37724}  # IPTC, Photoshop's, the profile, Photoshop's layers
 _SRGB = (0.45455, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # as in gAMA and cHRM
-_FLOAT = "floating-point pixels, whose range is not known"
 _EXTRA = "without an extra channel that the file does not call transparency"
 
 
@@ -84,7 +83,7 @@ def _read(path: Path) -> Picture:
         mode, notes = image.mode.split(";")[0], []
         grey = mode in ("1", "L", "LA", "La", "I") or "LA;16" in layout
         if mode == "F":
-            raise BadImage(_FLOAT)
+            raise BadImage("floating-point pixels, whose range is not known")
         if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
             notes.append(f"only the first of its {frames} frames or pages")
         if 0 in getattr(image, "tag_v2", {}).get(338, ()):
@@ -97,29 +96,25 @@ def _read(path: Path) -> Picture:
         else:
             if ";16" in layout:
                 notes.append("16-bit CMYK is read at 8 bits")
-            colours: Image.Image = image
-            if mode == "CMYK":  # its profile says nothing of RGB and stays behind
-                with contextlib.suppress(KeyError, ImageCms.PyCMSError):
-                    source = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-                    srgb = ImageCms.createProfile("sRGB")
-                    rgb = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-                    colours = rgb or image
             wanted = ("L" if grey else "RGB") + "A" * image.has_transparency_data
+            colours: Image.Image = image
+            if mode == "CMYK" and "icc_profile" in image.info:  # which says nothing of RGB
+                with contextlib.suppress(ImageCms.PyCMSError):
+                    profiles = io.BytesIO(image.info["icc_profile"]), ImageCms.createProfile("sRGB")
+                    colours = ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
             # convert() copies, which a large image need not
             array = np.array(colours if colours.mode == wanted else colours.convert(wanted))
         icc = None if mode == "CMYK" else image.info.get("icc_profile")
         data = path.read_bytes() if image.format in ("PNG", "WEBP") else b""
         found = [image.info.get("gamma", _SRGB[0]), *image.info.get("chromaticity", _SRGB[1:])]
-        other = not {"icc_profile", "srgb"} & image.info.keys() and not np.allclose(
-            found, _SRGB, 0.01
-        )
-        if image.format == "PNG" and (other or b"cICP" in data.partition(b"IDAT")[0]):
+        is_srgb = {"icc_profile", "srgb"} & image.info.keys() or np.allclose(found, _SRGB, 0.01)
+        if not is_srgb or image.format == "PNG" and b"cICP" in data.partition(b"IDAT")[0]:
             notes.append("without its gAMA, cHRM or cICP chunk, so its colours may look different")
         exif = image.getexif()  # after loading, which turns a TIFF
         turn = 1 if image.format == "TIFF" else exif.get(_ORIENTATION, 1)
         picture = _picture(array, turn, icc, exif, notes)
         # The first image chunk of a WebP says whether it is lossless.
-        picture.lossless = re.findall(rb"VP8[L ]", data)[:1] == [b"VP8L"]
+        picture.lossless = image.format == "WEBP" and re.findall(rb"VP8[L ]", data)[0] == b"VP8L"
         return picture
 
 
@@ -131,8 +126,6 @@ def _read_deep_tiff(path: Path) -> Picture | None:
             page, frames = file.pages.first, len(file.pages)
         except Exception:  # Pillow has the next try
             return None
-        if page.dtype is not None and page.dtype.kind == "f":
-            raise BadImage(_FLOAT)
         if page.dtype != np.uint16 or page.photometric not in (0, 1, 2):
             return None
         colours = 3 if page.photometric == 2 else 1
@@ -213,28 +206,25 @@ def write(
         raise BadImage(f"{width}x{height} is more than {most}; use --format png")
     if channels in (2, 4) and kind in ("JPEG", "BMP"):
         raise BadImage(f"it has transparency, which {kind} cannot hold; use --format png")
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        if dtype(path, picture) == np.uint16:
-            array = np.empty(shape, np.uint16)
-            for band in bands:
-                array[y : y + len(band)] = band
-                y += len(band)
-            (_write_deep_tiff if kind == "TIFF" else _write_deep_png)(part, array, picture)
-        else:
-            mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
-            # Filled band by band: an array of the whole output would double the memory.
-            image = Image.new(mode, (width, height))
-            for band in bands:
-                image.paste(Image.fromarray(band.squeeze(-1) if mode == "L" else band), (0, y))
-                y += len(band)
-            image.save(part, kind, **_options(kind, math.prod(shape) > 4e9, picture, quality))
-        os.replace(part, path)
+        with atomic_write(path) as part:
+            if dtype(path, picture) == np.uint16:
+                array = np.empty(shape, np.uint16)
+                for band in bands:
+                    array[y : y + len(band)] = band
+                    y += len(band)
+                (_write_deep_tiff if kind == "TIFF" else _write_deep_png)(part, array, picture)
+            else:
+                mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
+                # Filled band by band: an array of the whole output would double the memory.
+                image = Image.new(mode, (width, height))
+                for band in bands:
+                    image.paste(Image.fromarray(band.squeeze(-1) if mode == "L" else band), (0, y))
+                    y += len(band)
+                image.save(part, kind, **_options(kind, math.prod(shape) > 4e9, picture, quality))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadImage(f"cannot write {path}: {reason}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def dtype(path: Path, picture: Picture) -> np.dtype:

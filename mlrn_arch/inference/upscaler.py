@@ -37,8 +37,7 @@ class Upscaler:
             it: the shipped network of `scale`, or the MLRN that `weights` belong to.
         scale: Output size over input size (default: the model's, or 4).
         weights: A checkpoint that replaces the model's own.
-        backend: One of `mlrn_arch.inference.backends.NAMES` (default: the fastest installed). Once
-            an image was upscaled, the attribute of that name says which it was.
+        backend: One of `mlrn_arch.inference.backends.NAMES` (default: the fastest installed).
         device: `cpu`, `cuda` or `mps` (default: an NVIDIA GPU if there is one).
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         tile: Longest side of a tile in input pixels, at least 192 (default: by the free memory).
@@ -80,14 +79,12 @@ class Upscaler:
         shape = (1, self.channels, tiles.SMALLEST, tiles.SMALLEST)
         self._bytes = 2 * count(self.network, shape, self.scale)["peak_bytes"] / tiles.SMALLEST**2
         self._load = lambda network: backends.load(network, backend, self._device, precision)
-        self._runs: dict[bool, Callable[[Tensor], Tensor]] = {}
-        self.backend: str | None = None
+        self._runs: dict[bool, Any] = {}  # for whole images, and for tiles
 
-    def _runner(self, on_tile: bool) -> Callable[[Tensor], Tensor]:
-        if on_tile not in self._runs:  # it takes seconds, and most images need one of the two
-            run = self._load(OnTile(self.network) if on_tile else self.network)
-            self._runs[on_tile], self.backend = run, run.backend
-        return self._runs[on_tile]
+    @property
+    def backend(self) -> str | None:
+        """The back end that ran; None before the first image."""
+        return next((run.backend for run in self._runs.values()), None)
 
     def __call__(self, image: Any) -> Any:
         """Upscale an image, or a batch of images, to `scale` times the size; the kind stays.
@@ -124,11 +121,11 @@ class Upscaler:
         return output.reshape(*output.shape[:2], *array.shape[2:])
 
     def bands(
-        self, image: Tensor, progress: Callable[[int], object] = lambda pixels: None
+        self, image: Tensor, progress: Callable[[float], object] = lambda share: None
     ) -> Iterator[Tensor]:
         """Upscale an image, (h, w, c), piece by piece, so that no output is held in float.
 
-        Calls `progress` after every tile with the number of input pixels done. Returns the rows
+        Calls `progress` after every tile with the share of the image that is done. Returns the rows
         of the output from top to bottom, (rows, w * scale, c), float32, nominally in [0, 1].
 
         Raises:
@@ -148,7 +145,7 @@ class Upscaler:
                 raise ValueError(
                     f"floating-point values must be in [0, 1], not from {low:g} to {high:g}"
                 )
-        size = image.shape[0], image.shape[1]
+        size = image.shape[:2]
         for dim, side in enumerate(size):
             if side < MIN_SIZE:  # continue it as in mirrors, the edge repeated
                 i = torch.arange(MIN_SIZE, device=image.device) % (2 * side)
@@ -162,26 +159,15 @@ class Upscaler:
 
     @torch.no_grad()
     def _bands(
-        self,
-        image: Tensor,
-        size: tuple[int, int],
-        tile: int,
-        progress: Callable[[int], object],
+        self, image: Tensor, size: tuple, tile: int, progress: Callable[[float], object]
     ) -> Iterator[Tensor]:
-        height, width = size  # of the image before the mirrors
-        yielded = reported = 0  # rows of the output, and pixels of the image
-
-        def report(share: float) -> None:
-            nonlocal reported
-            pixels = round(share * height * width)
-            progress(max(0, pixels - reported))
-            reported = max(reported, pixels)
-
+        height, width = (side * self.scale for side in size)  # without the mirrors
+        yielded = 0
         while True:
             rows = 0
             try:
-                for band in self._strips(image, tile, report):
-                    band = band[: height * self.scale - rows, : width * self.scale]
+                for band in self._strips(image, tile, progress):
+                    band = band[: height - rows, :width]
                     rows += len(band)
                     if rows > yielded:
                         yield band[yielded - rows :]
@@ -194,7 +180,7 @@ class Upscaler:
             tile = max(tiles.SMALLEST, tile // 2)  # from the top again, without the rows yielded
 
     def _strips(
-        self, image: Tensor, tile: int, report: Callable[[float], None]
+        self, image: Tensor, tile: int, progress: Callable[[float], object]
     ) -> Iterator[Tensor]:
         s = self.scale
         ys, height = tiles.cut(image.shape[0], tile)
@@ -215,7 +201,7 @@ class Upscaler:
                     left = strip[:, x * s : x * s + start]
                     left.lerp_(output[:, :start], tiles.ramp(start, output)[:, None])
                 strip[:, x * s + start : (x + width) * s] = output[:, start:]
-                report((i * len(xs) + j + 1) / (len(ys) * len(xs)))
+                progress((i * len(xs) + j + 1) / (len(ys) * len(xs)))
             if above is not None:
                 top = strip[: len(above)]
                 top.copy_(above.lerp_(top, tiles.ramp(len(above), top)[:, None, None]))
@@ -274,14 +260,17 @@ class Upscaler:
             yield self._forward(flipped.mT, view and view[::-1]).mT.flip(flips)
 
     def _forward(self, x: Tensor, place: Place | None) -> Tensor:
-        if place is None:
-            return self._runner(False)(x.contiguous())
-        shifts = [
-            OnTile.shifts(start, length, side)
-            for (start, side), length in zip(place, x.shape[-2:], strict=True)
-        ]
-        planes = torch.stack(torch.meshgrid(*shifts, indexing="ij"))[None]
-        return self._runner(True)(torch.cat([x, planes.to(x.device)], dim=1))
+        on_tile = place is not None
+        if on_tile not in self._runs:  # it takes seconds, and most images need one of the two
+            self._runs[on_tile] = self._load(OnTile(self.network) if on_tile else self.network)
+        if place is not None:
+            shifts = [
+                OnTile.shifts(start, length, side)
+                for (start, side), length in zip(place, x.shape[-2:], strict=True)
+            ]
+            planes = torch.stack(torch.meshgrid(*shifts, indexing="ij"))[None]
+            x = torch.cat([x, planes.to(x.device)], dim=1)
+        return self._runs[on_tile](x.contiguous())
 
 
 def quantise(band: Tensor, dtype: np.dtype) -> np.ndarray:

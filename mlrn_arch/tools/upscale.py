@@ -10,6 +10,7 @@ Large images are cut into overlapping tiles. The free memory decides their size.
 from __future__ import annotations
 
 import argparse
+import functools
 import glob
 import mimetypes
 import sys
@@ -103,19 +104,19 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=total, unit="pixel", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         for path, output in jobs.items():
             bar.set_description(path.name)
-            end, notes = bar.n + pixels[path], []
+            advance, notes = functools.partial(_advance, bar, bar.n, pixels[path]), []
             try:
                 if output.exists() and not args.overwrite:
                     existing += 1
                 else:
-                    notes = _upscale(upscaler, path, output, args.quality, bar.update)
+                    notes = _upscale(upscaler, path, output, args.quality, advance)
                     done += 1
             except (BadImage, MemoryError, RuntimeError) as error:  # torch's lack of memory is one
                 notes = [first_line(error)]
                 failed += 1
             if notes:
                 bar.write(f"mlrn upscale: {path}: {'; '.join(notes)}", file=sys.stderr)
-            bar.update(end - bar.n)
+            advance(1)
     kept = f", {existing} already there (--overwrite replaces them, another -o keeps them)"
     by = args.weights or args.network or f"mlrn://x{upscaler.scale}"
     by += f" on {upscaler.backend}" if upscaler.backend else ""
@@ -124,6 +125,10 @@ def run(args: argparse.Namespace) -> int:
         f"{args.output}, x{upscaler.scale} by {by}, {time.monotonic() - since:.1f} s"
     )
     return 2 if not done + existing else 1 if failed else 0
+
+
+def _advance(bar: tqdm, start: int, pixels: int, share: float) -> None:
+    bar.update(max(0, round(start + pixels * share) - bar.n))
 
 
 def _find(
@@ -141,15 +146,15 @@ def _find(
             # Earlier outputs are no inputs, unless their folder is named itself.
             skipped = output if path.resolve() in output.parents else None
             found = [
-                p
-                for p in (path.rglob("*") if recursive else path.iterdir())
-                if p.is_file() and skipped not in p.resolve().parents
-                if not any(part.startswith(".") for part in p.relative_to(path).parts)
-                if p.suffix.lower() in image_files.FORMATS or image_files.size(p)
+                file
+                for file in (path.rglob("*") if recursive else path.iterdir())
+                if file.is_file() and skipped not in file.resolve().parents
+                if not any(part.startswith(".") for part in file.relative_to(path).parts)
+                if file.suffix.lower() in image_files.FORMATS or image_files.size(file)
             ]
         else:
-            found = [Path(p) for p in (glob.glob(name, recursive=True) or [name])]
-            found = [p for p in found if p.is_file()]
+            paths = map(Path, glob.glob(name, recursive=True) or [name])
+            found = [file for file in paths if file.is_file()]
         if not found:
             faults.append(f"{name}: {'no images in it' if path.is_dir() else 'no such file'}")
         for file in sorted(found):
@@ -205,7 +210,7 @@ def _outputs(
 
 
 def _upscale(
-    upscaler: Upscaler, path: Path, output: Path, quality: int, progress: Callable[[int], object]
+    upscaler: Upscaler, path: Path, output: Path, quality: int, progress: Callable[[float], object]
 ) -> list[str]:
     """Upscale one file; returns what of it is not in the output.
 
