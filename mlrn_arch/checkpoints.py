@@ -1,11 +1,13 @@
-"""A checkpoint of any form as a state dict, and of which network it is; no code in it is run."""
+"""Checkpoints of any form: read without running code in them, chosen from, loaded, recognised."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,8 @@ from mlrn_arch.shipped import FOLDER, PREFIX
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 StateDict = dict[str, torch.Tensor]
+EMA = "params_ema"  # these weights are validated, so they are the default everywhere
+WRAPPERS = r"^(module\.|_orig_mod\.)+|_orig_mod\."
 
 
 def resolve(path: str) -> str:
@@ -36,10 +40,10 @@ def resolve(path: str) -> str:
 
 
 def read(path: str) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU as it is.
+    """Load a checkpoint onto the CPU as it is; the last ones read are kept.
 
     Args:
-        path: A file that `torch.save` wrote, one of safetensors by its ending, or mlrn://NAME.
+        path: A file that `torch.save` wrote, a safetensors file by its ending, or mlrn://NAME.
 
     Raises:
         UserError: No such file, or it is no checkpoint.
@@ -49,10 +53,11 @@ def read(path: str) -> dict[str, Any]:
     if safe:
         need(f"reading {path}", "safetensors")
     try:
-        checkpoint = _read_safetensors(file) if safe else torch.load(file, "cpu", weights_only=True)
+        status = os.stat(file)
+        checkpoint = _read(file, status.st_mtime_ns, status.st_size)
     except FileNotFoundError:
         raise UserError(f"no such file {path}") from None
-    except Exception as error:  # torn, foreign or unsafe: torch tells them in many ways
+    except Exception as error:  # torn, foreign or unsafe: torch reports these in many ways
         # What unpickling found comes after advice to load the file unsafely.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
         reason = (reason or first_line(error)).splitlines()[0].split(". ")[0]
@@ -63,7 +68,10 @@ def read(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def _read_safetensors(file: str) -> StateDict:
+@functools.lru_cache(maxsize=2)  # a training's own checkpoint and its teacher's
+def _read(file: str, modified: int, size: int) -> Any:
+    if not file.endswith(".safetensors"):
+        return torch.load(file, "cpu", weights_only=True)
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
@@ -72,34 +80,49 @@ def _read_safetensors(file: str) -> StateDict:
     return note(state, json.loads(noted)) if noted else state
 
 
-def state_dict(checkpoint: dict[str, Any], key: str | None = None) -> StateDict:
-    """The weights in a checkpoint: EMA weights if it has them, `module.` off.
+def state_dict(
+    checkpoint: dict[str, Any],
+    key: str | None = None,
+    path: str = "the checkpoint",
+    notes: list[str] | None = None,
+) -> StateDict:
+    """The weights in a checkpoint, by the one rule of all verbs: `key`, else the EMA weights.
 
     Args:
         checkpoint: `{"params": ..., "params_ema": ...}` as BasicSR saves it, a bare state dict, or
-            a state dict under any one key (`state_dict`, `model`, ...).
-        key: Which of them is wanted; another is taken where that is not there, as in BasicSR.
+            a state dict under any one key (`state_dict`, `model`, ...). `module.` (DataParallel)
+            and `_orig_mod.` (torch.compile) are taken off the names.
+        key: `path:param_key_g`. As in BasicSR, a file without this key gives its `params`.
+        path: The file's name, for messages.
+        notes: Gets a line for each choice that was made.
 
     Raises:
-        UserError: It holds no state dict, or several and none of these names.
+        UserError: It holds no state dict, several under unknown keys, NaN or infinity.
     """
-    kinds = [key or "params_ema", "params", "params_ema"]
-    found = [checkpoint[kind] for kind in kinds if kind in checkpoint][:1]
-    if not found and _is_state(checkpoint):
-        found = [checkpoint]
-    if not found:
-        inner = {name: state for name, state in checkpoint.items() if _is_state(state)}
+    notes = [] if notes is None else notes
+    taken = next((k for k in (key or EMA, "params", EMA) if k in checkpoint), None)
+    inner = {name: state for name, state in checkpoint.items() if _is_state(state)}
+    if taken is None and not _is_state(checkpoint):
         if len(inner) > 1:
             raise UserError(
-                f"it holds the weights {', '.join(map(str, inner))}; choose by path:param_key_g"
+                f"{path} holds the weights {', '.join(map(str, inner))}; choose by path:param_key_g"
             )
-        found = list(inner.values())
-    if not found or not _is_state(found[0]):
-        raise UserError("it holds no state dict; give a checkpoint of the network")
-    state = found[0]
-    if not any(name.startswith("module.") for name in state):
+        taken = next(iter(inner), None)
+    elif taken is not None and len(inner) > 1:
+        notes.append(f"{path}: took {taken}; path:param_key_g chooses among {', '.join(inner)}")
+    state = checkpoint if taken is None else checkpoint[taken]
+    if not _is_state(state):
+        raise UserError(f"{path} holds no state dict; give a checkpoint of the network")
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"{path}: {name} holds NaN or infinity, so its training had diverged; take an "
+                "earlier checkpoint"
+            )
+    bare = OrderedDict((re.sub(WRAPPERS, "", name), tensor) for name, tensor in state.items())
+    if bare.keys() == state.keys():
         return state
-    bare = OrderedDict((name.removeprefix("module."), value) for name, value in state.items())
+    notes.append(f"{path}: took module. or _orig_mod. off the names of the tensors")
     bare._metadata = getattr(state, "_metadata", {})
     return bare
 
@@ -109,66 +132,100 @@ def _is_state(value: Any) -> bool:
     return bool(tensors) and all(tensors)
 
 
-def fitting(
-    path: str,
-    checkpoint: dict[str, Any],
+def load(
     network: torch.nn.Module,
-    arguments: dict[str, Any],
+    path: str,
     key: str | None = None,
     strict: bool = True,
+    arguments: dict[str, Any] | None = None,
     where: str = "network_g",
-) -> tuple[StateDict, str]:
-    """The weights in a checkpoint, and a sentence that says why they do not fit, or nothing.
+    convert: bool = True,
+) -> list[str]:
+    """Load a checkpoint into a network: the one place through which all weights go.
+
+    An MLRN whose noted image range is not the network's is converted; it computes the same.
 
     Args:
-        path: Of the checkpoint, for the sentence.
-        arguments: The network's, as `networks.build` returns them.
-        key: As `state_dict` takes it.
+        network: Changed in place.
+        path, key: As `read` and `state_dict` take them.
         strict: Whether all tensors must be there; those that are must fit in any case.
-        where: The section of the network, for the sentence.
+        arguments: The network's, as `networks.build` returns them, to compare with what the
+            checkpoint notes; without them only the image range is compared.
+        where: The network's section, for messages.
+        convert: Whether another image range is converted, not refused.
+
+    Returns:
+        What a user should know: a line for each choice, conversion and tensor left out.
+
+    Raises:
+        UserError: No such checkpoint, or it is not of this network.
     """
-    try:
-        state = state_dict(checkpoint, key)
-    except UserError as error:
-        return {}, f"{path} {str(error).removeprefix('it ')}"
-    own = network.state_dict()
-
-    def some(names: Sequence[str]) -> str:
-        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-    parts = []
-    if strict and (missing := [k for k in own if k not in state]):
-        parts.append(f"it lacks {some(missing)}")
-    if strict and (extra := [k for k in state if k not in own]):
-        parts.append(f"the network has no {some(extra)}")
-    if other := [
+    notes: list[str] = []
+    state, own = state_dict(read(path), key, path, notes), network.state_dict()
+    kind = type(network).__name__
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    shapes = [
         f"{k} ({tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the network)"
         for k in own
         if k in state and state[k].shape != own[k].shape
-    ]:
-        parts.append(f"other shapes: {some(other)}")
-    name = type(network).__name__
-    if parts:
-        return state, f"{path} is not a checkpoint of this {name}: {'; '.join(parts)}"
-    # Tensors of the same shapes do not tell an img_range, and scores would be nonsense in silence.
-    its_own = noted(state)
+    ]
+    parts = [f"it lacks {_some(missing)}"] * bool(missing)
+    parts += [f"the network has no {_some(extra)}"] * bool(extra)
+    if shapes or (parts and (strict or len(missing) == len(own))):
+        parts += [f"other shapes: {_some(shapes)}"] * bool(shapes)
+        raise UserError(f"{path} is not a checkpoint of this {kind}: {'; '.join(parts)}")
+    notes += [f"{path} does not fit whole (strict_load is false): {'; '.join(parts)}"] * bool(parts)
+
+    ours = arguments or {"img_range": getattr(network, "img_range", None)}
     parameters = inspect.signature(type(network)).parameters.values()
-    its_own = its_own and {**{p.name: p.default for p in parameters}, **its_own}
-    wrong = [k for k in its_own if k in arguments and arguments[k] != its_own[k]]
-    if not (wrong and strict and its_own.get("type") == name):
-        return state, ""
-    its, given = (", ".join(f"{k}: {of[k]}" for k in wrong) for of in (its_own, arguments))
-    return state, f"{path} is of a network with {its}, and {where} has {given}; make them equal"
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    theirs = {**defaults, **noted(state)}
+    differing = [k for k in ours if _plain(ours[k]) != _plain(theirs.get(k, ours[k]))]
+    if theirs.get("type") != kind:  # nothing is noted
+        differing = []
+    convert = convert and kind == "MLRN" and "img_range" in differing
+    if convert:
+        differing.remove("img_range")
+    if differing and strict:
+        # Tensors of the same shapes fit all the same; the scores would be nonsense.
+        its, has = (", ".join(f"{k}: {of[k]}" for k in differing) for of in (theirs, ours))
+        raise UserError(f"{path} is of a network with {its}, and {where} has {has}")
+    network.load_state_dict(state, strict=strict)
+    if convert:
+        convert_range(network, theirs["img_range"])
+        notes.append(
+            f"{path}: converted from img_range {theirs['img_range']:g} to {ours['img_range']:g}"
+        )
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _plain(value: Any) -> Any:
+    """A value without the difference of tuples and lists, which YAML and JSON do not know."""
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@torch.no_grad()
+def convert_range(network: torch.nn.Module, img_range: float) -> None:
+    """Make weights of an MLRN that belong to `img_range` the same function in the network's own."""
+    network.conv_first.weight *= img_range / network.img_range
+    for parameter in network.upsampler[0].parameters():
+        parameter *= network.img_range / img_range
 
 
 def note(state: StateDict, network_g: dict[str, Any]) -> OrderedDict:
     """Note in a state dict which network it is of, where every loader passes it on.
 
-    PyTorch keeps the versions of modules in a state dict's `_metadata`; what is beside them there
-    is saved and loaded with it and concerns no strict loading.
+    PyTorch keeps the versions of modules in a state dict's `_metadata`. What lies beside them
+    there is saved and loaded too, and strict loading ignores it.
     """
     copy = OrderedDict(state)
-    copy._metadata = {"": {"version": 1, "network_g": dict(network_g)}}
+    before = getattr(state, "_metadata", {})
+    root = {"version": 1, **before.get("", {}), "network_g": dict(network_g)}
+    copy._metadata = {**before, "": root}
     return copy
 
 
@@ -177,15 +234,15 @@ def noted(state: StateDict) -> dict[str, Any]:
     return dict(getattr(state, "_metadata", {}).get("", {}).get("network_g") or {})
 
 
-def deduce(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def deduce(checkpoint: dict[str, Any], path: str = "the checkpoint") -> dict[str, Any]:
     """Find out which network a checkpoint is of.
 
-    One that `mlrn export` wrote says it. Any other must be MLRN's: what its shapes tell is taken
-    from them. Of what they do not tell, `act` and `bilinear` are the defaults, and `img_range` is
-    255 for the challenge's form (50 features, 4 blocks) and 1 for all others.
+    Checkpoints of `mlrn train` and `mlrn export` note it. Any other must be MLRN's: its shapes tell
+    most arguments. `act` and `bilinear` are the defaults then, and `img_range` is 255 for the
+    challenge's form (50 features, 4 blocks) and 1 for all others.
 
     Args:
-        checkpoint: As `state_dict` takes it.
+        checkpoint, path: As `state_dict` takes them.
 
     Returns:
         A section `network_g`: `type`, and the arguments of the network.
@@ -193,7 +250,7 @@ def deduce(checkpoint: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: It says nothing and is not MLRN's.
     """
-    state = state_dict(checkpoint)
+    state = state_dict(checkpoint, path=path)
     if network_g := noted(state):
         return network_g
     try:
@@ -201,7 +258,7 @@ def deduce(checkpoint: dict[str, Any]) -> dict[str, Any]:
         esa_feat = len(state["body.0.esa.conv_f.weight"])
         out = len(state["upsampler.0.weight"])
     except KeyError as error:
-        raise ValueError(f"these are no weights of MLRN: {error}") from None
+        raise ValueError(f"it is no MLRN (no {error.args[0]})") from None
     num_block = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
     # The output has num_out_ch * upscale**2 channels; as many colours as come in, if that fits.
     num_out_ch = next((c for c in (num_in_ch, 3, 1) if math.isqrt(out // c) ** 2 * c == out), out)

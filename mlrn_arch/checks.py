@@ -32,9 +32,10 @@ from PIL import Image
 from mlrn_arch import checkpoints, networks
 from mlrn_arch.compat import newest_states
 from mlrn_arch.errors import UserError, first_line, unknown
+from mlrn_arch.inherit import inherit_weights, too_fast
 from mlrn_arch.machine import missing
 from mlrn_arch.models.distill_model import load_teacher, misfit
-from mlrn_arch.models.fast_sr_model import FastSRModel, inherit_weights
+from mlrn_arch.models.fast_sr_model import FastSRModel
 from mlrn_arch.models.muon import Muon
 from mlrn_arch.networks import Options, check_call, registered
 
@@ -183,6 +184,8 @@ def _check_inherited(opt: Options, fast: bool) -> Iterator[str]:
         network, _ = networks.build(opt["network_g"])
         try:
             inherit_weights(network, path)
+            if fault := too_fast(network, opt["train"]["optim_g"]["lr"]):
+                yield f"{where}: {fault}"
         except UserError as error:
             yield f"{where}: {error}"
 
@@ -273,16 +276,20 @@ def _check_network(opt: Options, key: str, state: str | None) -> Iterator[str]:
     if resumed:
         path = os.path.join(paths["models"], f"net_{which}_{Path(state).stem}.pth")
         where, how = f"{key}: the run to resume has another", ("params", True)
+        try:
+            checkpoints.read(path)
+        except UserError:  # an older state is resumed instead
+            return
     if path is None:
         return
     try:
-        _, fault = checkpoints.fitting(
-            path, checkpoints.read(path), network, values, *how, where=key
-        )
+        checkpoints.load(network, path, *how, values, key, convert=not resumed)
     except UserError as error:
-        fault = "" if resumed else str(error)  # an older state is resumed instead
-    if fault:
-        yield f"{where}: {fault}"
+        yield f"{where}: {error}"
+        return
+    if opt["is_train"] and key == "network_g" and not resumed:
+        if fault := too_fast(network, opt["train"]["optim_g"]["lr"]):
+            yield f"{where}: {fault}"
 
 
 def _check_paired(where: str, dataset: Options) -> Iterator[str]:

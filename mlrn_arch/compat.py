@@ -106,9 +106,8 @@ def _load_network(
     """
     net = self.get_bare_model(net)
     get_root_logger().info(f"Loading {type(net).__name__} model from {load_path}.")
-    state = checkpoints.state_dict(checkpoints.read(load_path), param_key)
-    self._print_different_keys_loading(net, state, strict)
-    net.load_state_dict(state, strict=strict)
+    for note in checkpoints.load(net, load_path, param_key, strict):
+        get_root_logger().info(note)
 
 
 def _model_to_device_cpu(self: BaseModel, net: torch.nn.Module) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""MLRN that begins as a trained RLFN, or as an MLRN of another scale or image range."""
+"""MLRN that starts from trained weights: RLFN's, or another MLRN's."""
 
 from __future__ import annotations
 
@@ -9,10 +9,53 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mlrn_arch import checkpoints
 from mlrn_arch.archs.mlrn_arch import MLRN
+from mlrn_arch.errors import UserError
 
-# Of the weights that read or make channels which a teacher does not have.
-NEW = 0.1
+NEW = 0.1  # share of the initial weights, for channels that the teacher does not have
+LARGEST_STEP = 0.1  # learning rate over RMS of the last weights: at 0.26 Set5 loses 0.5 dB
+
+
+def inherit_weights(network: torch.nn.Module, path: str) -> None:
+    """Start an MLRN from a checkpoint of RLFN (image range 255 unless noted) or MLRN.
+
+    Raises:
+        UserError: It is no checkpoint, of another network, or does not fit; or `network` is no
+            MLRN.
+    """
+    if not isinstance(network, MLRN):
+        raise UserError(f"{type(network).__name__} inherits from no other network; MLRN does")
+    state = checkpoints.state_dict(checkpoints.read(path), path=path)
+    try:
+        rlfn = "conv_1.weight" in state
+        theirs = checkpoints.noted(state) if rlfn else checkpoints.deduce(state)
+        inherit(network, state, theirs.get("img_range", 255.0 if rlfn else 1.0))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def too_fast(network: torch.nn.Module, lr: float) -> str | None:
+    """Why training would destroy the weights of an MLRN, or None.
+
+    A step of Adam changes each weight by about `lr`. In image range 1 the last layer's weights are
+    255 times smaller than in range 255, often smaller than `lr`.
+    """
+    if not isinstance(network, MLRN):
+        return None
+    rms = float(network.upsampler[0].weight.detach().square().mean().sqrt())
+    if lr <= LARGEST_STEP * rms:
+        return None
+    return (
+        f"the last layer's weights are about {rms:.1e}, and each step at train:optim_g:lr {lr:g} "
+        "would change them by as much: training would destroy the network; "
+        + (
+            "set network_g:img_range=255, where they are 255 times larger, or fine-tune by "
+            f"options/finetune_MLRN_x{network.upscale}.yml"
+            if network.img_range < 255
+            else f"lower train:optim_g:lr to {LARGEST_STEP * rms:.0e}"
+        )
+    )
 
 
 @torch.no_grad()
@@ -37,20 +80,26 @@ def inherit(network: MLRN, state: Mapping[str, torch.Tensor], img_range: float) 
     """
     if {"conv_first.weight", "conv_after_body.weight", "upsampler.0.weight"} <= state.keys():
         own, theirs = (
-            {k: v for k, v in tensors.items() if not k.startswith("upsampler.")}
+            {(k, v.shape) for k, v in tensors.items() if not k.startswith("upsampler.")}
             for tensors in (network.state_dict(), state)
         )
-        if misfit := [k for k in own if k not in theirs or own[k].shape != theirs[k].shape]:
-            raise ValueError(f"this MLRN has other features or blocks: {misfit[0]}")
-        network.load_state_dict(theirs, strict=False)
+        if differing := sorted(own ^ theirs):
+            raise ValueError(f"this MLRN has other features, blocks or mixer: {differing[0][0]}")
+        noted = {"act": "gelu", "bilinear": True, **checkpoints.noted(state)}
+        act = "gelu" if isinstance(network.body[0].act, nn.GELU) else "lrelu"
+        if checkpoints.noted(state) and (act, network.bilinear) != (
+            noted["act"],
+            noted["bilinear"],
+        ):
+            raise ValueError(f"it has act: {noted['act']} and bilinear: {noted['bilinear']}")
+        rest = {k: v for k, v in state.items() if not k.startswith("upsampler.")}
+        network.load_state_dict(rest, strict=False)
         _upsampler(network, state)
     elif {"conv_1.weight", "block_1.c1_r.weight", "upsampler.0.weight"} <= state.keys():
         _from_rlfn(network, state)
     else:
         raise ValueError("these are neither RLFN's weights nor MLRN's")
-    network.conv_first.weight *= img_range / network.img_range
-    for parameter in network.upsampler[0].parameters():
-        parameter *= network.img_range / img_range
+    checkpoints.convert_range(network, img_range)
 
 
 def _from_rlfn(network: MLRN, state: Mapping[str, torch.Tensor]) -> None:
@@ -96,7 +145,7 @@ def _from_rlfn(network: MLRN, state: Mapping[str, torch.Tensor]) -> None:
         pointwise.weight[range(mid, width), range(mid, width)] += NEW
         pointwise.bias.zero_()
         pointwise.bias[:num_feat] = state[f"block_{i}.c3_r.bias"]
-        if hasattr(block.mixer, "depthwise"):
+        if block.mixer.depthwise is not None:
             block.mixer.depthwise.weight *= 0.3
             block.mixer.depthwise.bias.zero_()
 

@@ -33,13 +33,14 @@ def create_model(name: str, pretrained: bool = False, **arguments: Any) -> torch
 
     Raises:
         ValueError: No such network.
-        RuntimeError: `arguments` make another network than the one the weights are of.
+        UserError: `arguments` are not MLRN's, or the weights are of another network. Another
+            `img_range` alone is fine: the weights are converted.
     """
     known = info(name)
     options = {**known["network_g"], **arguments}
-    network = ARCH_REGISTRY.get(options.pop("type"))(**options)
+    network, arguments = build(options)
     if pretrained:
-        network.load_state_dict(checkpoints.state_dict(checkpoints.read(known["file"])))
+        checkpoints.load(network, known["file"], arguments=arguments)
     return network.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import yaml
 
@@ -12,6 +13,22 @@ from mlrn_arch.networks import Options
 from mlrn_arch.shipped import option_file
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads plain values only, and numbers such as 5e-4, which are text to YAML 1.1."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"),
+    list("+-.0123456789"),
+)
+
+
+def parse(text: str) -> Any:
+    """The value of a YAML text; raises `yaml.YAMLError`, and `ValueError` for 2023-13-01."""
+    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+
+
 def load_yaml(path: str) -> Options:
     """Read an option file, and import what its key `import` names; nothing else in it is run.
 
@@ -19,7 +36,7 @@ def load_yaml(path: str) -> Options:
         UserError: No such file, not YAML, not a mapping, or it holds a Python tag.
     """
     try:
-        opt = yaml.safe_load(option_file(path).read_text(encoding="utf-8"))
+        opt = parse(option_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"there is no option file {path} here; `mlrn options` lists those that come with the "

@@ -243,6 +243,8 @@ def _set_defaults_and_paths(opt: Options) -> list[str]:
         if value is not None and ("resume_state" in key or "pretrain_network" in key):
             with contextlib.suppress(UserError):  # checks.check tells
                 opt["path"][key] = checkpoints.resolve(value)
+    # One rule for all verbs. On a resume BasicSR changes it to params.
+    opt["path"]["param_key_g"] = opt["path"].get("param_key_g") or checkpoints.EMA
     kind = "experiments" if opt["is_train"] else "results"
     root = os.path.join(opt["root_path"], kind, str(opt["name"]))
     opt["path"]["experiments_root" if opt["is_train"] else "results_root"] = root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +16,22 @@ from mlrn_arch import checkpoints
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.machine import need
 from mlrn_arch.networks import Options, build, check_call, registered
-from mlrn_arch.option_files import is_number, load_yaml
-from mlrn_arch.shipped import PREFIX, info, names
+from mlrn_arch.option_files import load_yaml, parse
+from mlrn_arch.shipped import PREFIX, info, names, option_files
 
 FORMS = """NETWORK is one of
   x4, MLRN_x4, mlrn://x4, NTIRE_x4   a shipped network (`mlrn weights` lists them)
-  FILE.yml                           the network_g of an option file, with its pretrain_network_g
-  NAME, NAME:ARG=VALUE,ARG=VALUE     what BasicSR knows: EDSR:num_in_ch=3,num_out_ch=3, or in quotes
-                                     'SwinIR:depths=[6,6],num_heads=[6,6]'; its scale is 4 unless
-                                     the argument upscale (or scale) says otherwise
-  FILE.pth, FILE.safetensors         the MLRN of which this checkpoint is
-A checkpoint behind any of the first three, as in FILE.yml:net.pth, replaces the network's own: one
-of BasicSR, of which EMA weights are taken unless path:param_key_g of FILE.yml says otherwise; a
-bare state dict; or mlrn://NAME."""
+  FILE.yml                           the network_g of an option file, with its pretrain_network_g;
+                                     mlrn://baselines/test_RLFN_x4 is one that comes with the
+                                     package (`mlrn options` lists them)
+  NAME, NAME:ARG=VALUE,ARG=VALUE     a network that BasicSR knows: EDSR:num_in_ch=3,num_out_ch=3, or
+                                     in quotes 'SwinIR:depths=[6,6],num_heads=[6,6],embed_dim=60,
+                                     window_size=8,upsampler=pixelshuffledirect'; its scale is 4
+                                     unless the argument upscale (or scale) says otherwise
+  FILE.pth, FILE.safetensors         a checkpoint of `mlrn train` or `mlrn export`, or of any MLRN
+The first three may be followed by a checkpoint, as in FILE.yml:net.pth or x4:net.pth, which
+replaces the network's own. EMA weights are used where a checkpoint has them, unless
+path:param_key_g of FILE.yml says otherwise."""
 
 
 @dataclass
@@ -41,7 +45,6 @@ class Source:
         file: The option file it came from, or None.
         scale: Output size over input size, as far as it is known.
         param_key, strict: How the option file loads its checkpoint.
-        loaded: What the checkpoint holds, if it was read already.
     """
 
     name: str
@@ -51,22 +54,23 @@ class Source:
     scale: int | None = None
     param_key: str | None = None
     strict: bool = True
-    loaded: Options | None = None
 
 
 def split(text: str) -> tuple[str, str | None]:
     """`NETWORK[:CHECKPOINT]` -> the network, and the checkpoint or None."""
     match = re.fullmatch(
-        rf"({PREFIX}\w+|.+?\.ya?ml|\w+(?::\w+=[^:]*)?)(?::(.+))?", text, re.IGNORECASE
+        rf"({PREFIX}[\w/]+(?:\.ya?ml)?|.+?\.ya?ml|\w+(?::\w+=[^:]*)?)(?::(.+))?",
+        text,
+        re.IGNORECASE,
     )
-    return match.groups() if match else (text, None)
+    return (match[1], match[2]) if match else (text, None)
 
 
 def find(source: str | None, weights: str | None = None, upscale: int = 4) -> Source:
     """Find out which network the user means, without building it.
 
     Args:
-        source: In one of `FORMS`; None for the MLRN of which `weights` are.
+        source: In one of `FORMS`; None for the network that `weights` are of.
         weights: A checkpoint in place of the network's own. With a shipped network's name it may
             be of any MLRN of that scale.
         upscale: The scale of a network by its name that takes one but is given none.
@@ -77,29 +81,36 @@ def find(source: str | None, weights: str | None = None, upscale: int = 4) -> So
     name, checkpoint = split(source) if source is not None else (None, None)
     checkpoint = weights or checkpoint
     if name is None or (name.endswith(checkpoints.SUFFIXES) and not checkpoint):
-        return _of_checkpoint(name or weights, checkpoint or name)
-    if name.lower().endswith((".yml", ".yaml")):
-        opt = load_yaml(name)
-        if not isinstance(opt.get("network_g"), dict):
-            raise UserError(f"{name} has no section network_g, so there is no network in it")
-        path, network_g = opt.get("path") or {}, opt["network_g"]
-        how = path.get("param_key_g"), path.get("strict_load_g", True)
-        checkpoint = checkpoint or path.get("pretrain_network_g")
-        return Source(name, network_g, checkpoint, name, opt.get("scale"), *how)
-    if name.startswith(PREFIX) or f"MLRN_{name.removeprefix('MLRN_')}" in names() or (
-        re.fullmatch(r"x\d+", name)
-    ):  # fmt: skip
-        try:
-            known = info(name)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        network_g, scale = known["network_g"], known["network_g"]["upscale"]
+        path = checkpoint or name or ""
+        return _of_checkpoint(name or path, path)
+    if f"MLRN_{name.removeprefix(PREFIX).removeprefix('MLRN_')}" in names():
+        shipped = info(name)
+        network_g, scale = shipped["network_g"], shipped["network_g"]["upscale"]
         if not checkpoint:
-            return Source(name, network_g, known["file"], scale=scale)
+            return Source(name, network_g, shipped["file"], scale=scale)
         found = _of_checkpoint(name, checkpoint)
         if found.scale != scale:
             raise UserError(f"{checkpoint} is of an x{found.scale} network, not x{scale}")
         return found
+    if name.lower().endswith((".yml", ".yaml")) or name.removeprefix(PREFIX) in option_files():
+        opt = load_yaml(name)
+        if not isinstance(opt.get("network_g"), dict):
+            raise UserError(f"{name} has no section network_g, so there is no network in it")
+        paths = opt.get("path") or {}
+        return Source(
+            name,
+            opt["network_g"],
+            checkpoint or paths.get("pretrain_network_g"),
+            name,
+            opt.get("scale"),
+            paths.get("param_key_g"),
+            paths.get("strict_load_g", True),
+        )
+    if name.startswith(PREFIX) or re.fullmatch(r"x\d+", name):
+        raise UserError(
+            f"nothing that comes with the package is named {name!r}; there are the networks "
+            f"{', '.join(names())} and the option files of `mlrn options`"
+        )
     network_g = _by_name(name, upscale)
     scale = network_g.get("upscale", network_g.get("scale", upscale))
     return Source(name, network_g, checkpoint, scale=scale)
@@ -108,7 +119,7 @@ def find(source: str | None, weights: str | None = None, upscale: int = 4) -> So
 def load(
     source: str | Source | None, weights: str | None = None
 ) -> tuple[torch.nn.Module, Options]:
-    """Build a network with its weights, EMA weights if the checkpoint has them.
+    """Build a network with its weights; what was chosen or converted goes to stderr.
 
     Args:
         source, weights: As `find` takes them, or what it returned.
@@ -122,17 +133,12 @@ def load(
     found = source if isinstance(source, Source) else find(source, weights)
     network, arguments = build(found.network_g, f"{found.name}: network_g")
     network.eval().requires_grad_(False)
-    if found.checkpoint is None:
-        if any(True for _ in network.parameters()):
-            raise UserError(f"{found.name} names no checkpoint; write {found.name}:CHECKPOINT")
-        return network, found.network_g
-    loaded = found.loaded or checkpoints.read(found.checkpoint)
-    state, fault = checkpoints.fitting(
-        found.checkpoint, loaded, network, arguments, found.param_key, found.strict
-    )
-    if fault:
-        raise UserError(fault)
-    network.load_state_dict(state, strict=found.strict)
+    if found.checkpoint is not None:
+        how = found.param_key, found.strict, arguments
+        for note in checkpoints.load(network, found.checkpoint, *how):
+            print(f"note: {note}", file=sys.stderr)
+    elif any(True for _ in network.parameters()):
+        raise UserError(f"{found.name} names no checkpoint; write {found.name}:CHECKPOINT")
     return network, found.network_g
 
 
@@ -159,7 +165,7 @@ def load_teacher(source: str, upscale: int) -> torch.nn.Module:
 
     try:
         found = ModelLoader("cpu").load_from_file(source)
-    except Exception as error:  # spandrel tells what it cannot load in many ways
+    except Exception as error:  # spandrel refuses in many ways
         raise UserError(f"{reason}; nor does spandrel know it ({first_line(error)})") from None
     if not isinstance(found, ImageModelDescriptor) or found.input_channels != 3:
         raise UserError(f"{source} is a network that does not enlarge RGB images")
@@ -167,7 +173,7 @@ def load_teacher(source: str, upscale: int) -> torch.nn.Module:
 
 
 class _Described(torch.nn.Module):
-    """A network of spandrel's, which it pads images for, and clamps the output of."""
+    """A network of spandrel's, which pads images for it and clamps its output."""
 
     def __init__(self, descriptor: Any) -> None:
         super().__init__()
@@ -175,7 +181,7 @@ class _Described(torch.nn.Module):
         self.descriptor = descriptor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.descriptor(x).clone()  # of what inference mode made no loss has a gradient
+        return self.descriptor(x).clone()  # made in inference mode, which no loss can use
 
 
 def _by_name(text: str, upscale: int) -> Options:
@@ -183,11 +189,10 @@ def _by_name(text: str, upscale: int) -> Options:
     window size, which `SwinIRModel` reads."""
     kind, _, arguments = text.partition(":")
     try:
-        given = yaml.safe_load("{" + arguments.replace("=", ": ") + "}")
+        section = {**parse("{" + arguments.replace("=", ": ") + "}")}
     except (yaml.YAMLError, ValueError):  # ValueError: 2023-13-01
         raise UserError("write arguments as NAME:ARG=VALUE,ARG=VALUE") from None
-    given = {k: float(v) if isinstance(v, str) and is_number(v) else v for k, v in given.items()}
-    section = {**given, "type": registered(kind, ARCH_REGISTRY)}
+    section["type"] = registered(kind, ARCH_REGISTRY)
     if section["type"] in ARCH_REGISTRY:
         parameters = inspect.signature(ARCH_REGISTRY.get(section["type"])).parameters
         for key in ("upscale", "scale"):
@@ -202,9 +207,23 @@ def _by_name(text: str, upscale: int) -> Options:
 
 
 def _of_checkpoint(name: str, path: str) -> Source:
-    loaded = checkpoints.read(path)
+    """The network that a checkpoint notes, or the MLRN that its tensors have the shapes of."""
+    checkpoint = checkpoints.read(path)
     try:
-        network_g = checkpoints.deduce(loaded)
-    except (ValueError, UserError) as error:
-        raise UserError(f"{path}: {error}; or name an option file") from None
-    return Source(name, network_g, path, scale=network_g.get("upscale"), loaded=loaded)
+        network_g = checkpoints.deduce(checkpoint, path)
+    except ValueError as error:
+        file = _file_for(checkpoints.state_dict(checkpoint))
+        way = f"its network is {file}'s: write {file}:{path}" if file else "name its option file"
+        raise UserError(f"{path}: {error}; {way}") from None
+    return Source(name, network_g, path, scale=network_g.get("upscale"))
+
+
+def _file_for(state: checkpoints.StateDict) -> str | None:
+    """The option file of the package whose network has the tensors of a foreign checkpoint."""
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    for name in option_files():
+        if name.startswith("baselines/test_"):
+            network, _ = build(load_yaml(PREFIX + name)["network_g"])
+            if {k: v.shape for k, v in network.state_dict().items()} == shapes:
+                return PREFIX + name
+    return None

@@ -52,7 +52,7 @@ class MLRNArch(Architecture[MLRN]):
             architecture=self,
             purpose="Restoration" if model.upscale == 1 else "SR",
             tags=[f"{num_feat}nf", f"{len(model.body)}nb"],
-            supports_half=True,
+            supports_half=model.img_range == 1,  # larger values can overflow inside
             supports_bfloat16=True,
             scale=model.upscale,
             input_channels=num_in_ch,

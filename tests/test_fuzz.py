@@ -75,7 +75,7 @@ def try_one(folder: Path, data: st.DataObject) -> None:
     for name in sections:
         section = section[name]
     section[key] = data.draw(WRONG)
-    phase = file.name.split("_")[0]
+    phase = "test" if file.name.startswith("test") else "train"
     try:
         path = folder / "case.yml"
         path.write_text(yaml.safe_dump(opt, allow_unicode=True))

@@ -14,9 +14,14 @@ import torch
 from conftest import REPOSITORY, SHARED, start_training, write_yaml
 from torch import nn
 
+from mlrn_arch import checkpoints, create_model, options
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
+from mlrn_arch.errors import UserError
 from mlrn_arch.inherit import inherit
+
+# isort: split
+from basicsr.models import build_model
 
 FORMS = {
     "x2": ({"upscale": 2}, {"upscale": 2}, "rlfn_x2.pth"),
@@ -45,14 +50,14 @@ def with_third_convolution(network: MLRN, teacher: RLFN) -> MLRN:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("img_range", [1, 255])
-def test_with_rlfns_third_convolution_mlrn_is_rlfn(form, img_range):
+@pytest.mark.parametrize(("img_range", "mixer"), [(1, "convmix"), (255, "pointwise")])
+def test_with_rlfns_third_convolution_mlrn_is_rlfn(form, img_range, mixer):
     rlfn, mlrn, file = FORMS[form]
     teacher = RLFN(**rlfn).eval()
     if (SHARED / "teachers" / file).exists():  # else as it is initialised
         published = torch.load(SHARED / "teachers" / file, map_location="cpu", weights_only=True)
         teacher.load_state_dict(published)
-    network = MLRN(**mlrn, img_range=img_range, act="lrelu").eval()
+    network = MLRN(**mlrn, img_range=img_range, mixer=mixer, act="lrelu").eval()
     inherit(network, teacher.state_dict(), 255)
     with_third_convolution(network, teacher)
     images = torch.rand(2, 3, 33, 41)
@@ -104,6 +109,33 @@ def test_what_cannot_inherit_is_told(change, said):
 def test_inheriting_from_a_stranger_is_told():
     with pytest.raises(ValueError, match="neither RLFN's weights nor MLRN's"):
         inherit(MLRN(), nn.Conv2d(3, 3, 3).state_dict(), 255)
+    tiny = {"num_feat": 8, "num_block": 1}
+    state = checkpoints.note(MLRN(**tiny, act="lrelu").state_dict(), {**tiny, "act": "lrelu"})
+    with pytest.raises(ValueError, match="act: lrelu"):
+        inherit(MLRN(**tiny), state, 1)
+    with pytest.raises(ValueError, match="other features, blocks or mixer"):
+        inherit(MLRN(**tiny, mixer="pointwise"), state, 1)
+
+
+@pytest.mark.parametrize("key", ["path:pretrain_network_g", "train:inherit_network_g"])
+def test_a_rate_that_would_destroy_the_weights_is_refused(fast_options, tmp_path, log, key):
+    """In range 1 the last weights of the shipped networks are smaller than a step of Adam."""
+    fast_options["network_g"] = {"type": "MLRN", "upscale": 2}
+    path = write_yaml(tmp_path / "t.yml", fast_options)
+    force = ["-opt", path, "--force_yml", f"{key}=mlrn://x2", "train:optim_g:lr=5e-5"]
+    with pytest.raises(UserError, match=f"{key}: the last layer's .*options/finetune_MLRN_x2.yml"):
+        options.read("train", force)
+    opt, _, _ = options.read("train", [*force, "network_g:img_range=255"])
+    with pytest.raises(UserError, match=f"{key}: the last layer's .* lower train:optim_g:lr to"):
+        options.read("train", [*force, "network_g:img_range=255", "train:optim_g:lr=0.05"])
+    if key == "path:pretrain_network_g":  # and it starts as what it was
+        model = build_model(opt)
+        x = torch.rand(1, 3, 32, 32)
+        with torch.inference_mode():
+            wanted = create_model("MLRN_x2", pretrained=True)(x)
+            for network in (model.net_g, model.net_g_ema):
+                torch.testing.assert_close(network(x), wanted, rtol=0, atol=1e-5)
+        assert "MLRN_x2.pth: converted from img_range 1 to 255" in log.text
 
 
 @pytest.fixture

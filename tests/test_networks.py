@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from basicsr.models import base_model
 from basicsr.models.base_model import BaseModel
 from conftest import write_yaml
 
-from mlrn_arch import Upscaler, networks, option_files, options, shipped, sources
+from mlrn_arch import Upscaler, checkpoints, networks, option_files, options, shipped, sources
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
 
 TINY = {"upscale": 2, "num_feat": 8, "num_block": 1, "esa_feat": 4}
+FORMS_TEXT = re.sub(r",\n +", ",", sources.FORMS)
 NAMED = "MLRN:" + ",".join(f"{key}={value}" for key, value in TINY.items())
 
 
@@ -51,6 +55,7 @@ CHECKPOINTS = {
     "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"state": {}}},
     "model": lambda state: {"model": state},
     "module": lambda state: {"params": {f"module.{k}": v for k, v in state.items()}},
+    "compiled": lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
     "safetensors": None,
 }
 
@@ -68,8 +73,7 @@ def test_every_form_of_a_checkpoint_loads_everywhere(network, tmp_path, mlrn_her
     assert same(sources.load("net.yml", file)[0], network)
     assert same(Upscaler(None, weights=file).network, network)
 
-    key = "params_ema" if form == "both" else "params"
-    opt, _, _ = options.read("test", [f"net.yml:{file}", "--force_yml", f"path:param_key_g={key}"])
+    opt, _, _ = options.read("test", [f"net.yml:{file}"])
     target, path = make(2), opt["path"]
     loader = BaseModel({"num_gpu": 0, "is_train": False, "dist": False})
     loader.load_network(target, path["pretrain_network_g"], True, path["param_key_g"])
@@ -141,5 +145,92 @@ def test_the_forms_are_told_by_every_verb(mlrn_here, verb):
 
 def test_a_checkpoint_of_another_network_is_told(network):
     torch.save(RLFN(**TINY).state_dict(), "rlfn.pth")
-    with pytest.raises(UserError, match="rlfn.pth: these are no weights of MLRN"):
+    with pytest.raises(UserError, match=r"rlfn.pth: it is no MLRN .*; name its option file"):
         sources.load("rlfn.pth")
+    torch.save(RLFN(upscale=3).state_dict(), "rlfn.pth")
+    with pytest.raises(UserError) as caught:
+        sources.load(None, "rlfn.pth")
+    way = str(caught.value).rpartition(" write ")[2]
+    assert way == "mlrn://baselines/test_RLFN_x3:rlfn.pth" and sources.load(way)
+
+
+def test_a_checkpoint_notes_its_network_and_stays_readable_for_others(network, tmp_path):
+    """What its tensors do not tell; stock BasicSR, spandrel and plain torch load the file."""
+    network_g = {"type": "MLRN", **TINY, "img_range": 255, "act": "lrelu", "bilinear": False}
+    trained = networks.build(network_g)[0].eval()
+    state = checkpoints.note(trained.state_dict(), network_g)
+    torch.save({"params": state, "params_ema": state}, "noted.pth")
+    assert same(sources.load("noted.pth")[0], trained)
+    with pytest.raises(UserError, match="act: lrelu, bilinear: False, and .* act: gelu, bilinear"):
+        sources.load("net.yml:noted.pth")
+
+    target = networks.build(network_g)[0].eval()
+    target.load_state_dict(torch.load("noted.pth", weights_only=True)["params"])
+    assert same(target, trained)
+    target = networks.build(network_g)[0].eval()
+    spec = importlib.util.spec_from_file_location("stock", base_model.__file__)  # not patched
+    stock = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stock)
+    loader = stock.BaseModel({"num_gpu": 0, "is_train": False, "dist": False})
+    loader.load_network(target, "noted.pth", True, "params_ema")
+    assert same(target, trained)
+    spandrel = pytest.importorskip("spandrel", reason="spandrel is not installed")
+    from mlrn_arch.spandrel import install
+
+    install()
+    loaded = spandrel.ModelLoader("cpu").load_from_file("noted.pth")
+    assert same(loaded.model.eval(), trained) and not loaded.supports_half
+
+
+def test_a_noted_list_is_as_good_as_a_tuple(network, mlrn_here):
+    srcnn = {"type": "SRCNN", "num_feat": [8, 4], "upscale": 2}
+    torch.save(checkpoints.note(networks.build(srcnn)[0].state_dict(), srcnn), "srcnn.pth")
+    assert sources.load("SRCNN:num_feat=[8,4],upscale=2:srcnn.pth")
+    assert sources.load("srcnn.pth")[1] == srcnn
+
+
+def test_what_is_not_loaded_is_told(network, tmp_path, capsys):
+    opt = option_files.load_yaml("net.yml")
+    opt["path"]["strict_load_g"] = False
+    write_yaml(tmp_path / "loose.yml", opt)
+    state = network.state_dict()
+    torch.save({k: v for k, v in state.items() if k != "conv_first.bias"}, "part.pth")
+    sources.load("loose.yml:part.pth")
+    assert "part.pth does not fit whole (strict_load is false): it lacks conv_first.bias" in (
+        capsys.readouterr().err
+    )
+    torch.save({f"net.{k}": v for k, v in state.items()}, "none.pth")
+    with pytest.raises(UserError, match="none.pth is not a checkpoint of this MLRN: it lacks"):
+        sources.load("loose.yml:none.pth")
+
+
+def test_weights_that_are_not_finite_are_refused(network, mlrn_here):
+    state = network.state_dict()
+    state["body.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save({"params": state}, "nan.pth")
+    for verb in (
+        "export net.yml:nan.pth out.pth",
+        "export nan.pth out.pth",
+        "test net.yml:nan.pth",
+    ):
+        code, _, err = mlrn_here(*verb.split())
+        assert code == 2 and "nan.pth: body.0.conv1.weight holds NaN or infinity" in err
+    assert not Path("out.pth").exists()
+
+
+def test_the_examples_of_the_forms_run():
+    named = re.findall(r"mlrn://[\w/]+|'.+?'|\bx4\b|\w+:\w+=\d[^ ,]*,\S*\d", FORMS_TEXT)
+    assert len(named) >= 4
+    for text in named:
+        found = sources.find(text.strip("'"))
+        network = networks.build(found.network_g)[0].eval()
+        with torch.inference_mode():
+            assert network(torch.rand(1, 3, 32, 32)).shape == (1, 3, 128, 128), text
+    with pytest.raises(UserError, match="nothing that comes with the package is named 'mlrn://x5'"):
+        sources.find("mlrn://x5")
+
+
+def test_a_changed_checkpoint_is_read_again(network):
+    sources.load("net.pth")
+    torch.save({"params": make(1).state_dict()}, "net.pth")
+    assert same(sources.load("net.pth")[0], make(1))

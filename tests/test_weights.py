@@ -8,7 +8,6 @@ import torch
 from conftest import REPOSITORY, SHARED, write_yaml
 
 from mlrn_arch import create_model, shipped, sources
-from mlrn_arch.errors import UserError
 
 
 def test_names_are_the_papers_networks():
@@ -50,16 +49,18 @@ def test_unknown_name_in_option_file(tmp_path, test_options, mlrn_here):
     assert "path:pretrain_network_g: no shipped checkpoint is named mlrn://x5; there are" in err
 
 
-def test_another_image_range_than_the_weights_is_told(tmp_path, test_options, mlrn_here):
-    """Tensors fit all the same, and Set5 would score 26 dB instead of 32."""
-    test_options["path"]["pretrain_network_g"] = "mlrn://NTIRE_x4"
-    test_options["network_g"] = {"type": "MLRN", "num_feat": 50, "num_block": 4, "upscale": 4}
-    test_options["scale"] = 4
-    code, _, err = mlrn_here("test", "-opt", write_yaml(tmp_path / "t.yml", test_options))
-    assert code == 2
-    assert "of a network with img_range: 255.0, and network_g has img_range: 1.0" in err
-    with pytest.raises(UserError, match="img_range: 255.0, and network_g has img_range: 1.0"):
-        sources.load("MLRN:num_feat=50,num_block=4,upscale=4:mlrn://NTIRE_x4")
+def test_another_image_range_is_converted(capsys):
+    """Tensors fit all the same, and unconverted Set5 would score 26 dB instead of 32."""
+    x = torch.rand(1, 3, 32, 32)
+    for name, img_range in (("NTIRE_x4", 1), ("x4", 255)):
+        network = create_model(name, pretrained=True, img_range=img_range)
+        shape = "num_feat=50,num_block=4," if "NTIRE" in name else ""
+        other, _ = sources.load(f"MLRN:{shape}upscale=4,img_range={img_range}:mlrn://{name}")
+        with torch.inference_mode():
+            wanted = sources.load(name)[0](x)
+            torch.testing.assert_close(network(x), wanted, rtol=0, atol=1e-5)
+            torch.testing.assert_close(other(x), wanted, rtol=0, atol=1e-5)
+        assert re.search(f"converted from img_range .* to {img_range}\n", capsys.readouterr().err)
 
 
 def test_list_tells_every_network(mlrn_here):

@@ -11,10 +11,9 @@ import torch
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from mlrn_arch import checkpoints, networks
-from mlrn_arch.archs.mlrn_arch import MLRN
+from mlrn_arch import networks
 from mlrn_arch.errors import UserError
-from mlrn_arch.inherit import inherit
+from mlrn_arch.inherit import inherit_weights
 from mlrn_arch.machine import DTYPES
 from mlrn_arch.models.muon import Muon, inner_weights
 from mlrn_arch.models.resumable_model import ResumableModel
@@ -218,22 +217,3 @@ class FastSRModel(ResumableModel):
         super().resume_training(resume_state)
         if scaler := resume_state.get("scaler"):
             self.scaler.load_state_dict(scaler)
-
-
-def inherit_weights(network: torch.nn.Module, path: str) -> None:
-    """Start an MLRN from a checkpoint of RLFN (of image range 255) or MLRN, as `inherit` says.
-
-    Raises:
-        UserError: It is no checkpoint, of another network, or does not fit; or `network` is no
-            MLRN.
-    """
-    if not isinstance(network, MLRN):
-        raise UserError(f"{type(network).__name__} inherits from no other network; MLRN does")
-    checkpoint = checkpoints.read(path)
-    state, img_range = checkpoints.state_dict(checkpoint), 255.0
-    try:
-        if "conv_1.weight" not in state:  # no RLFN
-            img_range = checkpoints.deduce(checkpoint).get("img_range", 1.0)
-        inherit(network, state, img_range)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
