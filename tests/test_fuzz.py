@@ -1,7 +1,8 @@
-"""Whatever stands in an option file, reading it succeeds or ends in a sentence; nothing is made."""
+"""Whatever an option file or an image holds, reading it succeeds or ends in a sentence."""
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 from collections.abc import Iterator
@@ -11,14 +12,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import yaml
 from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageCms
 
 from mlrn_arch import options
 from mlrn_arch.errors import UserError
+from mlrn_arch.inference import image_files
 
 FILES = sorted((REPOSITORY / "options").rglob("*.yml"))
 WRONG = st.one_of(
@@ -106,3 +110,45 @@ def test_any_value_at_any_key(folder, data):
 @given(st.data())
 def test_any_value_at_any_key_for_longer(folder, data):
     try_one(folder, data)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[bytes]:
+    """A small file of most kinds that are read."""
+    deep = np.random.default_rng(0).integers(0, 65536, (9, 11, 4), np.uint16)
+    image, files = Image.fromarray((deep[..., :3] >> 8).astype(np.uint8)), []
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "A maker", 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM"):
+        files.append(io.BytesIO())
+        how = {} if kind in ("BMP", "GIF", "PPM") else {"exif": exif, "icc_profile": profile}
+        image.save(files[-1], kind, **how)
+    for kind, channels in (("assocalpha", 4), ("unspecified", 4), (None, 3)):
+        files.append(io.BytesIO())
+        extra = [kind] if kind else None
+        tifffile.imwrite(files[-1], deep[..., :channels], photometric="rgb", extrasamples=extra)
+    encoded = [cv2.imencode(suffix, deep)[1].tobytes() for suffix in (".png", ".tif")]
+    return [file.getvalue() for file in files] + encoded
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@settings(max_examples=12, **FUZZ)
+@given(st.data())
+def test_any_image_file(folder, pictures, mlrn_here, data):
+    names = []
+    for content in map(bytearray, pictures):
+        end = data.draw(st.sampled_from([len(content)] * 3 + [len(content) // 2]))
+        places = st.integers(0, 100) | st.integers(0, end - 1)
+        changes = data.draw(st.dictionaries(places, st.integers(0, 255), max_size=5))
+        for place, value in changes.items():
+            content[min(place, end - 1)] = value
+        file = folder / f"image{len(names)}"
+        file.write_bytes(content[:end])
+        if image_files.size(file) < 10**6:  # not a mere header, which takes minutes
+            names.append(file)
+    arguments = ["-o", folder / "out", "--overwrite", "--network", "Bicubic:upscale=2"]
+    code, out, err = mlrn_here("upscale", *names, *arguments, "--device", "cpu")
+    lines = err.splitlines()
+    assert code in (0, 1, 2) and len(out.splitlines()) == 1 and len(lines) <= len(names)
+    assert all(line.startswith(f"mlrn upscale: {folder}/image") for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import re
 import warnings
@@ -22,6 +23,10 @@ from mlrn_arch.files import atomic_write
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 FORMATS |= {".jpg": "JPEG", ".jpeg": "JPEG"}
+# What the readers say of broken files, BadImage says in one line.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module="PIL")
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 # Those and more are read, but not EPS, for which Pillow starts Ghostscript.
 READ = (*set(FORMATS.values()), "GIF", "AVIF", "JPEG2000", "PPM", "ICO", "PSD")
 LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that a format and its library allow
@@ -64,9 +69,7 @@ def read(path: Path) -> Picture:
         BadImage: It cannot be read, or has neither 8 nor 16 bits a channel.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of metadata
-            return _read_deep_tiff(path) or _read(path)
+        return _read_deep_tiff(path) or _read(path)
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -114,7 +117,7 @@ def _read(path: Path) -> Picture:
         turn = 1 if image.format == "TIFF" else exif.get(_ORIENTATION, 1)
         picture = _picture(array, turn, icc, exif, notes)
         # The first image chunk of a WebP says whether it is lossless.
-        picture.lossless = image.format == "WEBP" and re.findall(rb"VP8[L ]", data)[0] == b"VP8L"
+        picture.lossless = image.format == "WEBP" and re.findall(rb"VP8[L ]", data)[:1] == [b"VP8L"]
         return picture
 
 
@@ -135,7 +138,7 @@ def _read_deep_tiff(path: Path) -> Picture | None:
         else:
             array, turn = page.asarray(), page.tags.valueof(_ORIENTATION, 1)
             array = np.moveaxis(array, 0, -1) if page.axes == "SYX" else array
-        array = array.reshape(*array.shape[:2], -1)
+        array = np.atleast_3d(array)
         exif, notes = Image.Exif(), [f"only the first of its {frames} frames or pages"]
         with contextlib.suppress(Exception), path.open("rb") as stream:
             exif.load_from_fp(stream)
@@ -156,7 +159,7 @@ def _decode_deep(path: Path, grey: bool) -> np.ndarray:
     array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype != np.uint16:
         raise BadImage("broken, or neither of 8 nor of 16 bits a channel")
-    array = array.reshape(*array.shape[:2], -1)
+    array = np.atleast_3d(array)
     order = [0] if array.shape[2] == 1 else [0, 3] if grey else [2, 1, 0, 3]
     return array[..., [c for c in order if c < array.shape[2]]]
 
@@ -164,7 +167,9 @@ def _decode_deep(path: Path, grey: bool) -> np.ndarray:
 def _picture(
     array: np.ndarray, turn: int, icc: bytes | None, exif: Image.Exif, notes: list[str]
 ) -> Picture:
-    array = array.reshape(*array.shape[:2], -1)
+    array = np.atleast_3d(array)
+    if array.ndim > 3 or not array.size:
+        raise BadImage("no picture in it")
     if icc and icc[16:20] != (b"GRAY" if array.shape[2] < 3 else b"RGB "):
         notes.append(f"without its colour profile, which is for {icc[16:20]!r} pixels")
         icc = None
