@@ -85,26 +85,32 @@ def count(
         dtype: Of weights and input, for the bytes.
 
     Returns:
-        `parameters`, `mult_adds`, `flops` (as the NTIRE challenge counts), `activations`,
-        `convolutions` and `peak_bytes`; the module's docstring defines them.
+        `parameters`, `mult_adds`, `flops`, `activations`, `convolutions` and `peak_bytes`.
 
     Raises:
         UserError: The network cannot take this input, or does not return `upscale` times its size.
     """
     for device in ("meta", "cpu"):  # some networks look at values; the meta device has none
         try:
-            return _count_on(device, network, shape, upscale, dtype)
-        except UserError:
-            raise
+            counts, size = _count_on(network, torch.zeros(*shape, device=device, dtype=dtype))
+            break
         except Exception as error:  # each network fails in its own way
             reason = first_line(error)
-    raise UserError(f"cannot take an input of {' x '.join(map(str, shape))}: {reason}")
+    else:
+        raise UserError(f"cannot take an input of {' x '.join(map(str, shape))}: {reason}")
+    expected = (shape[-2] * upscale, shape[-1] * upscale)
+    if size[-2:] != expected:
+        returned = f"{size[-1]}x{size[-2]}" if len(size) > 2 else "no image"
+        raise UserError(
+            f"returns {returned} where x{upscale} of {shape[-1]}x{shape[-2]} would be "
+            f"{expected[1]}x{expected[0]}; if it has another scale, give it with --upscale"
+        )
+    return counts
 
 
-def _count_on(
-    device: str, network: nn.Module, shape: Sequence[int], upscale: float, dtype: torch.dtype
-) -> dict[str, int]:
-    network = copy.deepcopy(network).to(device, dtype)
+def _count_on(network: nn.Module, x: Tensor) -> tuple[dict[str, int], tuple[int, ...]]:
+    """The counts of a pass on x's device, and the size of what it returns."""
+    network = copy.deepcopy(network).to(x.device, x.dtype)
     extra = 0
 
     def add_extra(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -115,23 +121,14 @@ def _count_on(
     for module in network.modules():
         if isinstance(module, (*RELU_LIKE, nn.BatchNorm2d)):
             module.register_forward_hook(add_extra)
-    x = torch.zeros(*shape, device=device, dtype=dtype)
     tally = _Tally([*network.parameters(), *network.buffers(), x])
     deformable = {DEFORMABLE: lambda x, w, *_, out_shape, **__: 2 * prod(out_shape) * prod(w[1:])}
     flops = FlopCounterMode(display=False, custom_mapping=deformable)
     # Under inference_mode the tally would miss the parts of composite operators.
     with torch.no_grad(), flops, tally:
         y = network(x)
-    size = tuple(getattr(y, "shape", ()))
-    expected = (shape[-2] * upscale, shape[-1] * upscale)
-    if size[-2:] != expected:
-        returned = f"{size[-1]}x{size[-2]}" if len(size) > 2 else "no image"
-        raise UserError(
-            f"returns {returned} where x{upscale} of {shape[-1]}x{shape[-2]} would be "
-            f"{expected[1]}x{expected[0]}; if it has another scale, give it with --upscale"
-        )
     mult_adds = flops.get_total_flops() // 2
-    return {
+    counts = {
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "mult_adds": mult_adds,
         "flops": mult_adds + extra,
@@ -139,13 +136,13 @@ def _count_on(
         "convolutions": tally.convolutions,
         "peak_bytes": tally.peak,
     }
+    return counts, tuple(getattr(y, "shape", ()))
 
 
 def times_in_turns(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Time functions in turns, so that a busy machine slows all of them.
+    """Milliseconds of one call in every round, for each function.
 
-    Returns:
-        For each function the milliseconds of one call in every round.
+    They take turns, so a busy machine slows all of them.
     """
     with quiet():  # it imports setuptools and looks for a CUDA compiler
         from torch.utils.benchmark import Timer

@@ -1,14 +1,15 @@
 """Compare networks: parameters, mult-adds, activations, convolutions, memory and runtime.
 
+The input has the output's size over the scale, 320x180 for x4.
+
 {counts}
 
 On a GPU "peak MiB" is what torch's allocator measures.
-ms           one forward pass, batch 1: median over the rounds, with the fastest and the slowest;
-             the networks take turns
-ratio        to the first network: median of the ratios within a round
 
-With --backend each network runs in plain PyTorch (eager) and by every back end, all in turns. "to
-eager" is the ratio to plain PyTorch; "ratio" compares with the first network by the same back end.
+Times are of one forward pass, batch 1. Networks and back ends take turns.
+ms           median over the rounds, with the fastest and the slowest
+to eager     ratio to plain PyTorch (eager): median of the ratios within a round
+ratio        the same, to the first network by the same back end
 Without --precision a back end chooses: fp16 on a GPU, bf16 on a CPU that computes in it, else fp32.
 """
 
@@ -17,10 +18,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,36 +36,25 @@ from mlrn_arch.machine import DTYPES
 
 __doc__ = __doc__.format(counts=counting.__doc__.partition("\n\n")[2].strip())
 
-MIB = 2**20
-HEADS = "network  scale  input  params M  mult-adds G  FLOPs G  acts M  conv  peak MiB"
-
-
-@dataclass
-class Subject:
-    """A network to profile: how the user called it, the module, its input and its figures."""
-
-    name: str
-    network: nn.Module
-    shape: tuple[int, int, int, int]
-    row: dict[str, Any] = field(default_factory=dict)
+COLUMNS = {  # key, unit, digits
+    "params M": ("parameters", 1e6, 3),
+    "mult-adds G": ("mult_adds", 1e9, 2),
+    "FLOPs G": ("flops", 1e9, 2),
+    "acts M": ("activations", 1e6, 2),
+    "conv": ("convolutions", 1, 0),
+    "peak MiB": ("peak_bytes", 2**20, 1),
+}
+Row = dict[str, Any]  # a network's figures, by the keys of --json
+Subject = tuple[nn.Module, tuple[int, ...], Row]  # a network, its input's shape, its figures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mlrn profile` on `parser`."""
     add = parser.add_argument
     add("networks", nargs="+", metavar="NETWORK", help="the first is the reference; see below")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--output-size",
-        type=_size,
-        default=(1280, 720),
-        metavar="WxH",
-        help="size of the output; the input is this over the scale, rounded "
-        "(default: 1280x720, as in Table 1)",
-    )
-    size.add_argument(
-        "--input-size", type=_size, metavar="WxH", help="size of the input; NTIRE's is 256x256"
-    )
+    size = parser.add_mutually_exclusive_group().add_argument
+    size("--output-size", type=_size, default=(1280, 720), metavar="WxH", help="default: 1280x720")
+    size("--input-size", type=_size, metavar="WxH", help="instead; the NTIRE challenge's: 256x256")
     add("--upscale", type=_positive, default=4, help="where NETWORK names none (default: 4)")
     add("--device", choices=machine.DEVICES, help="default: cuda if there is one")
     add("--precision", choices=DTYPES, help="of weights and input (default: fp32)")
@@ -87,18 +78,14 @@ def _positive(text: str) -> int:
 
 def _size(text: str) -> tuple[int, int]:
     """`1280x720` -> (width, height) in pixels."""
-    sides = text.lower().split("x")
-    if len(sides) != 2:
+    sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.lower())
+    if not sides:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT as in 1280x720")
-    return _positive(sides[0]), _positive(sides[1])
+    return int(sides[1]), int(sides[2])
 
 
 def run(args: argparse.Namespace) -> int:
-    """Profile the networks and print the table; returns 0, 1 if some failed, 2 if all did.
-
-    Raises:
-        UserError: Arguments contradict each other, there is no GPU, a file cannot be written.
-    """
+    """Profile the networks and print the tables; returns 0, 1 if some failed, 2 if all did."""
     if args.backend and args.no_runtime:
         raise UserError("--backend measures times, --no-runtime forbids it; give one of them")
     device, dtype = machine.choose_device(args.device), DTYPES[args.precision or "fp32"]
@@ -113,15 +100,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_runtime:
         faults += _measure(subjects, device, dtype, args)
 
-    rows = [subject.row for subject in subjects]
+    rows = [row for *_, row in subjects]
     if rows:
+        _print_counts(rows)
         where = f"{machine.name_of(device)}, torch {torch.__version__}"
-        if any("time_ms" in row for row in rows):
-            print(f"{where}, {args.precision or 'fp32'}")
-        _print_table(rows)
-        if args.backend:
+        if any("eager_ms" in row for row in rows):
             print(f"\n{where}")
-            _print_backends(rows, args.backend)
+            _print_times(rows, ("eager", *(args.backend or ())))
         if args.json:
             try:
                 text = json.dumps({"machine": where, "networks": rows}, indent=2)
@@ -144,55 +129,48 @@ def _subject(name: str, args: argparse.Namespace, dtype: torch.dtype) -> Subject
     width, height = args.input_size or (max(1, round(n / upscale)) for n in args.output_size)
     shape = 1, networks.input_channels(network, values) or 3, height, width
     row = {"network": name, "upscale": upscale, "input": f"{width}x{height}"}
-    return Subject(name, network, shape, {**row, **counting.count(network, shape, upscale, dtype)})
-
-
-# --- runtime ------------------------------------------------------------------------------------
+    return network, shape, row | counting.count(network, shape, upscale, dtype)
 
 
 def _measure(
     subjects: Sequence[Subject], device: torch.device, dtype: torch.dtype, args: argparse.Namespace
 ) -> list[str]:
-    """Add the times (and on a GPU the memory) to all rows; returns the faults.
-
-    They are `time_ms` of the network as it is, or with back ends `eager_ms`, `openvino_ms`, ...
-    """
+    """Add times (`eager_ms`, `torch_ms`, ...) and on a GPU memory to all rows; returns faults."""
     faults: list[str] = []
-    plain = "eager" if args.backend else "time"
-    runs: list[tuple[int, str, Callable[[], Any]]] = []  # subject, way to run it, one pass
+    runs: list[tuple[int, str, Callable[[], Any]]] = []  # index of a network, name of the way
     torch.backends.cudnn.benchmark = True  # as BasicSR
     with torch.inference_mode():
-        for index, subject in enumerate(subjects):
+        for index, (network, shape, row) in enumerate(subjects):
             try:
-                network = subject.network.to(device, dtype)
-                x = torch.rand(subject.shape, device=device, dtype=dtype)
+                network.to(device, dtype)
+                x = torch.rand(shape, device=device, dtype=dtype)
                 network(x)  # cuDNN chooses its algorithms, caches fill
                 if device.type == "cuda":
-                    subject.row["peak_bytes"] = _peak_bytes(network, x)
+                    row["peak_bytes"] = _peak_bytes(network, x)
             except Exception as error:  # out of memory, or no kernel for this precision
-                subject.network.to("cpu")
-                faults.append(f"{subject.name}: cannot run on {device}: {first_line(error)}")
+                network.to("cpu")
+                faults.append(f"{row['network']}: cannot run on {device}: {first_line(error)}")
                 continue
-            subject.row[f"{plain}_precision"] = args.precision or "fp32"
-            runs.append((index, plain, functools.partial(network, x)))
+            row["eager_precision"] = args.precision or "fp32"
+            runs.append((index, "eager", functools.partial(network, x)))
             for name in args.backend or ():
                 where = device if name == "torch" else None
                 try:
-                    way = backends.load(network, name, where, args.precision or "auto")
-                    way(x)
-                    subject.row[f"{name}_precision"] = way.precision
-                    runs.append((index, name, functools.partial(way, x)))
+                    backend = backends.load(network, name, where, args.precision or "auto")
+                    backend(x)
+                    row[f"{name}_precision"] = backend.precision
+                    runs.append((index, name, functools.partial(backend, x)))
                 except UserError as error:
-                    faults.append(f"{subject.name}: {error}")
+                    faults.append(f"{row['network']}: {error}")
         times = counting.times_in_turns([run for *_, run in runs], args.rounds)
-    turns = {(index, way): own for (index, way, _), own in zip(runs, times, strict=True)}
-    for (index, way), own in turns.items():
-        row = subjects[index].row
-        row[f"{way}_ms"] = statistics.median(own)
-        row[f"{way}_ms_min"], row[f"{way}_ms_max"] = min(own), max(own)
+    turns = {(index, way): ms for (index, way, _), ms in zip(runs, times, strict=True)}
+    for (index, way), ms in turns.items():
+        row = subjects[index][-1]
+        row[f"{way}_ms"] = statistics.median(ms)
+        row[f"{way}_ms_min"], row[f"{way}_ms_max"] = min(ms), max(ms)
         for key, other in (("to_eager", (index, "eager")), ("ratio", (runs[0][0], way))):
             if other in turns:
-                pairs = zip(own, turns[other], strict=True)
+                pairs = zip(ms, turns[other], strict=True)
                 row[f"{way}_{key}"] = statistics.median(a / b for a, b in pairs)
     return faults
 
@@ -206,39 +184,24 @@ def _peak_bytes(network: nn.Module, x: torch.Tensor) -> int:
     return torch.cuda.max_memory_allocated() - before + sum(tensor.nbytes for tensor in own)
 
 
-# --- what the user sees -------------------------------------------------------------------------
-
-
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    timed = any("time_ms" in row for row in rows)
-    lines = [HEADS.split("  ")]
-    lines[0] += ["ms", "(min - max)", "ratio"] * timed
+def _print_counts(rows: Sequence[Row]) -> None:
+    lines = [["network", "scale", "input", *COLUMNS]]
     for row in rows:
-        line = [row["network"], f"x{row['upscale']}", row["input"]]
-        line += [f"{row['parameters'] / 1e6:.3f}", f"{row['mult_adds'] / 1e9:.2f}"]
-        line += [f"{row['flops'] / 1e9:.2f}", f"{row['activations'] / 1e6:.2f}"]
-        line += [str(row["convolutions"]), f"{row['peak_bytes'] / MIB:.1f}"]
-        lines.append(line + _times(row, "time", "ratio") * timed)
+        cells = [f"{row[key] / unit:.{digits}f}" for key, unit, digits in COLUMNS.values()]
+        lines.append([row["network"], f"x{row['upscale']}", row["input"], *cells])
     _print_columns(lines)
 
 
-def _print_backends(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+def _print_times(rows: Sequence[Row], ways: Sequence[str]) -> None:
     lines = [["network", "back end", "precision", "ms", "(min - max)", "to eager", "ratio"]]
-    for way in ("eager", *names):
+    keys = "ms", "ms_min", "ms_max", "to_eager", "ratio"
+    for way in ways:
         for row in rows:
             if f"{way}_ms" in row:
-                line = [row["network"], way, row[f"{way}_precision"]]
-                lines.append(line + _times(row, way, "to_eager", "ratio"))
+                cells = [f"{row.get(f'{way}_{key}', math.nan):.2f}" for key in keys]
+                cells[1:3] = [f"({cells[1]} - {cells[2]})"]
+                lines.append([row["network"], way, row[f"{way}_precision"], *cells])
     _print_columns(lines)
-
-
-def _times(row: dict[str, Any], way: str, *ratios: str) -> list[str]:
-    """The cells of one way to run a network: median, spread, and ratios."""
-    keys = "ms", "ms_min", "ms_max", *ratios
-    ms, low, high, *others = (
-        f"{row[f'{way}_{key}']:.2f}" if f"{way}_{key}" in row else "n/a" for key in keys
-    )
-    return [ms, f"({low} - {high})", *others]
 
 
 def _print_columns(lines: Sequence[Sequence[str]]) -> None:

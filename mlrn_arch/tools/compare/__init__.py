@@ -1,15 +1,13 @@
 """Score networks on test sets and print the paper's Table 1; or draw its Figure 3.
 
-PSNR and SSIM are those of `mlrn test`. Finished scores are cached below the output folder: an
-interrupted command goes on, and a further network computes only its own. Times come from one run
-in which all networks take turns. A table may hold networks of several scales. Networks of the Y
-channel need an option file.
+PSNR and SSIM are those of `mlrn test`. Scores are cached below the output folder, so an interrupted
+command goes on; times are measured anew, all networks in turns. Several scales may stand in one
+table. Networks of the Y channel need an option file.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 import sys
 import tempfile
@@ -19,10 +17,9 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from basicsr.archs import build_network
 from basicsr.data import build_dataset
 from basicsr.models import build_model
-from basicsr.utils import bgr2ycbcr, tensor2img
+from basicsr.utils import bgr2ycbcr, imfrombytes, tensor2img
 from basicsr.utils.color_util import ycbcr2bgr
 
 from mlrn_arch import machine, options, sources
@@ -41,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", metavar="NAME", help="test set of the picture (default: the first)")
     add("--visual", metavar="IMAGE", help="draw the crops of this test image, such as Set14/ppt3")
     add("--crop", type=int, nargs=4, metavar=("X", "Y", "W", "H"), help="crop in the HR image")
-    add(
-        "--force_yml",
-        **options.FORCE_YML,
-        help="as for `mlrn test`, for all networks; path:param_key_g=params_ema scores EMA weights",
-    )
+    add("--force_yml", **options.FORCE_YML, help="as for `mlrn test`, for all networks")
     parser.epilog = f"""example:
   mlrn compare x4 options/test_MLRN_x4.yml:net.pth EDSR:num_in_ch=3,num_out_ch=3:EDSR_x4.pth Bicubic
   mlrn compare --visual Set14/ppt3 --crop 60 400 96 64 x4 Bicubic
@@ -56,11 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the table and its picture, or the crops; returns 0, or 1 if a part is missing.
-
-    Raises:
-        UserError: Nothing could be made; all that was wrong is in the message.
-    """
+    """Make the table and its picture, or the crops; returns 0, or 1 if a part is missing."""
     if (args.visual is None) != (args.crop is None):
         raise UserError("--visual IMAGE and --crop X Y W H belong together")
     torch.backends.cudnn.benchmark = True  # as the pipeline
@@ -82,41 +71,30 @@ def run(args: argparse.Namespace) -> int:
 
 def _read(text: str, forced: list[str], problems: list[str]) -> Row | None:
     """Read a network's options as `mlrn test` does; faulty test sets are reported and left out."""
-    network, forced = sources.split(text)[0], list(forced)
-    for attempt in range(2):
-        try:
-            opt, _, notes = options.read("test", [text, *(["--force_yml", *forced] * bool(forced))])
-            break
-        except UserError as error:
-            faults = [line[4:] for line in str(error).splitlines() if line.startswith("  - ")]
-            sets = {m[1] for fault in faults if (m := re.match(r"datasets:([^: ]+)", fault))}
-            if attempt == 0:
-                problems.extend(f"{network}: {fault}" for fault in faults or [str(error)])
-            if not sets or not all(fault.startswith("datasets:") for fault in faults):
-                return None
-            forced += [f"datasets:{key}=none" for key in sets]
-    else:
-        return None
+    try:
+        opt, _, notes = options.read("test", [text, *(["--force_yml", *forced] * bool(forced))])
+    except UserError as error:
+        faults = [line[4:] for line in str(error).splitlines() if line.startswith("  - ")]
+        problems.extend(f"{sources.split(text)[0]}: {fault}" for fault in faults or [str(error)])
+        sets = {m[1] for fault in faults if (m := re.match(r"datasets:([^: ]+)", fault))}
+        if not sets or not all(fault.startswith("datasets:") for fault in faults):
+            return None
+        return _read(text, [*forced, *(f"datasets:{key}=none" for key in sets)], problems)
     opt["val"]["pbar"] = False
-    parameters = sum(p.numel() for p in build_network(opt["network_g"]).parameters())
-    path = opt["path"].get("pretrain_network_g")
-    weights = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
-    return Row(text, opt, parameters, weights, notes)
+    return Row(text, opt, notes)
 
 
 def _set_labels(rows: list[Row]) -> None:
-    """Name the rows; those that would be named alike by what tells them apart too."""
+    """Name the rows; rows of one name also by the arguments or the checkpoint that differ."""
     for row in rows:
-        key, own = (row.name, row.opt["scale"]), row.opt["network_g"]
-        alike = [r for r in rows if (r.name, r.opt["scale"]) == key]
-        others = [r.opt["network_g"] for r in alike]
+        alike = [r for r in rows if (r.name, r.opt["scale"]) == (row.name, row.opt["scale"])]
+        own, others = row.opt["network_g"], [r.opt["network_g"] for r in alike]
         arguments = [f"{k}={v}" for k, v in own.items() if any(o.get(k) != v for o in others)]
         row.label = f"{row.name}:{','.join(arguments)}".removesuffix(":")
-        twins = [r for r in alike if r.opt["network_g"] == own]
-        stems = [Path(r.opt["path"].get("pretrain_network_g") or "-").stem for r in twins]
-        stem = Path(row.opt["path"].get("pretrain_network_g") or "-").stem
-        if len(twins) > 1:
-            row.label += f" ({stem if stems.count(stem) == 1 else row.argument})"
+        stems = [r.checkpoint.stem for r in alike if r.opt["network_g"] == own]
+        if len(stems) > 1:
+            unique = stems.count(row.checkpoint.stem) == 1
+            row.label += f" ({row.checkpoint.stem if unique else row.argument})"
 
 
 def _table(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> bool:
@@ -149,15 +127,13 @@ def _visual(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> b
             lq, gt = tensor2img(pair["lq"]), tensor2img(pair["gt"])
             right, bottom = x + width, y + height
             if not (0 <= x < right <= gt.shape[1] and 0 <= y < bottom <= gt.shape[0]):
-                raise UserError(
-                    f"the crop {x} {y} {width} {height} reaches out of the image, which is "
-                    f"{gt.shape[1]}x{gt.shape[0]}"
-                )
+                size = f"{gt.shape[1]}x{gt.shape[0]}"
+                raise UserError(f"the crop reaches out of the image, which is {size}")
             with tempfile.TemporaryDirectory() as folder:
                 row.opt["path"]["visualization"] = folder
                 scores = scoring.score_image(build_model(row.opt), dataset, index, save_img=True)
                 (file,) = Path(folder).rglob("*.png")
-                image = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+                image = imfrombytes(file.read_bytes(), flag="unchanged")
             if image.ndim == 2:  # a network of the Y channel: the colours are the input's
                 chroma = cv2.resize(bgr2ycbcr(lq), image.shape[::-1], interpolation=cv2.INTER_CUBIC)
                 image = ycbcr2bgr(np.dstack([image, chroma[..., 1:]]))

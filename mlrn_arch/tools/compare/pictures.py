@@ -20,47 +20,44 @@ def draw_tradeoffs(
 ) -> list[Path]:
     """Draw a metric against parameters, mult-adds and time: a row of panels for each scale.
 
-    A scale needs two networks with parameters and a score: one point shows no trade-off.
-
     Args:
         points: Name, scale and values of each network. Without a value on an axis (bicubic has no
             parameters) it becomes a dashed line.
         metric: The key of the vertical axis in the values, such as `Set5 PSNR`.
         machine: Where time was measured.
-        folder: Gets `tradeoffs.png` and `tradeoffs.svg`; those of an earlier run are removed.
+        folder: Gets `tradeoffs.png` and `.svg`; those of an earlier run are removed.
 
     Returns:
-        The files, none if no scale has two networks.
+        The files. There are none without two networks with parameters at one scale.
     """
+    from matplotlib.figure import Figure
+
     paths = [folder / "tradeoffs.png", folder / "tradeoffs.svg"]
-    full = [s for _, s, v in points if v.get("parameters") and v.get(metric) is not None]
-    scales = sorted(scale for scale in set(full) if full.count(scale) > 1)
+    scored = [(name, scale, y, v) for name, scale, v in points if (y := v.get(metric)) is not None]
+    learned = [scale for _, scale, _, values in scored if values.get("parameters")]
+    scales = sorted(scale for scale in set(learned) if learned.count(scale) > 1)
     if not scales:
         for path in paths:
             path.unlink(missing_ok=True)
         return []
-    plt = _pyplot()
-    names = list(dict.fromkeys(name for name, _, _ in points))
-    figure, axes = plt.subplots(
-        len(scales), 3, figsize=(13, 3.9 * len(scales)), squeeze=False, layout="constrained"
-    )
+    names = list(dict.fromkeys(name for name, *_ in scored))
+    figure = Figure(figsize=(13, 3.9 * len(scales)), layout="constrained")
     marks: dict[str, Any] = {}
-    for line, scale in zip(axes, scales, strict=True):
-        here = [(n, v) for n, s, v in points if s == scale and v.get(metric) is not None]
-        for axis, (key, (title, unit)) in zip(line, AXES.items(), strict=True):
-            xs = [v[key] / unit for _, v in here if v.get(key)]
+    for panels, scale in zip(figure.subplots(len(scales), 3, squeeze=False), scales, strict=True):
+        for axis, (key, (title, unit)) in zip(panels, AXES.items(), strict=True):
+            xs = []
+            for name, _, y, values in (point for point in scored if point[1] == scale):
+                index, own = names.index(name), name.startswith("MLRN")
+                if x := values.get(key):
+                    xs.append(x / unit)
+                    marker = "*" if own else "osD^v"[index // 10 % 5]
+                    style = {"color": f"C{index % 10}", "marker": marker, "ms": 13 if own else 7}
+                    (mark,) = axis.plot(x / unit, y, linestyle="", **style)
+                else:
+                    mark = axis.axhline(y, color=f"C{index % 10}", linestyle="--", linewidth=1)
+                marks.setdefault(name, mark)
             if xs and max(xs) > 8 * min(xs):
                 axis.set_xscale("log")
-            for name, values in here:
-                index, y = names.index(name), values[metric]
-                color, own = f"C{index % 10}", name.startswith("MLRN")
-                if values.get(key):
-                    style = {"marker": "*" if own else "osD^v"[index // 10 % 5], "linestyle": ""}
-                    x = values[key] / unit
-                    (mark,) = axis.plot(x, y, color=color, ms=13 if own else 7, **style)
-                else:
-                    mark = axis.axhline(y, color=color, linestyle="--", linewidth=1)
-                marks.setdefault(name, mark)
             axis.margins(0.2)
             axis.set_xlabel(title)
             axis.set_ylabel(f"{metric} (dB), x{scale}")
@@ -71,7 +68,6 @@ def draw_tradeoffs(
     figure.suptitle(f"Time on {machine}", fontsize=9, color="grey")
     for path in paths:
         figure.savefig(path, dpi=150)
-    plt.close(figure)
     return paths
 
 
@@ -85,44 +81,33 @@ def draw_crops(
     """Draw an image with a crop framed, and beside it that crop by each method (Figure 3).
 
     Args:
-        original: The HR image, (h, w, 3), uint8, BGR.
-        title: Stands beneath the HR image.
+        original: The HR image, (h, w, 3), uint8, BGR; `title` stands beneath it.
         crop: x, y, width and height in the HR image.
-        crops: Of each method the name, what stands beneath it, and its crop.
+        crops: The name of each method, the text beneath it, and its crop.
         path: The PNG that is written.
     """
+    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    plt = _pyplot()
     x, y, width, height = crop
     lines = 1 if len(crops) < 4 else 2
     columns = -(-len(crops) // lines)
     tall = 2.6 if lines == 2 else 3.4  # inches of a crop with its two lines of text
     wide = (tall - 0.55) * width / height
     left = (tall * lines - 0.55) * original.shape[1] / original.shape[0]
-    figure = plt.figure(figsize=(left + columns * (wide + 0.1), tall * lines), layout="constrained")
+    figure = Figure(figsize=(left + columns * (wide + 0.1), tall * lines), layout="constrained")
     grid = figure.add_gridspec(lines, columns + 1, width_ratios=[left, *[wide] * columns])
-    axis = figure.add_subplot(grid[:, 0])
-    axis.imshow(original[..., ::-1])
-    axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="red", linewidth=2))
-    axis.set_xlabel(f"{title}\nPSNR / SSIM of the whole image", fontsize=11)
-    panels = [figure.add_subplot(grid[i // columns, i % columns + 1]) for i in range(len(crops))]
-    for panel, (name, score, image) in zip(panels, crops, strict=True):
+    panels = [figure.add_subplot(grid[:, 0])]
+    panels += [figure.add_subplot(grid[i // columns, i % columns + 1]) for i in range(len(crops))]
+    panels[0].imshow(original[..., ::-1])
+    panels[0].add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="red", linewidth=2))
+    panels[0].set_xlabel(f"{title}\nPSNR / SSIM of the whole image", fontsize=11)
+    for panel, (name, score, image) in zip(panels[1:], crops, strict=True):
         panel.imshow(image[..., ::-1], interpolation="nearest")
         name = textwrap.fill(name, max(int(wide * 9), 8))
         panel.set_xlabel(f"{name}\n{score}", fontsize=11)
-    for panel in (axis, *panels):
+    for panel in panels:
         panel.set_xticks([])
         panel.set_yticks([])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)
-    plt.close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt

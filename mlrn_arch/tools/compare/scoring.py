@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from mlrn_arch.options import Options
 OUTPUT = 1280, 720  # at which mult-adds are counted and time is measured
 ROUNDS = 5
 METRICS = {"PSNR": "calculate_psnr", "SSIM": "calculate_ssim"}
-# Options that change no score: places, and the seed that is drawn at every start.
-PLACES = "path", "datasets", "root_path", "manual_seed"
+PLACES = "path", "datasets", "root_path", "manual_seed"  # options that change no score
 
 Values = dict[str, "float | None"]
 
@@ -38,10 +36,9 @@ class Row:
 
     argument: str
     opt: Options
-    parameters: int
-    weights: str | None  # SHA-256 of the checkpoint
     notes: list[str]  # of its option file
     label: str = ""
+    model: Any = None
     values: Values = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)  # images without a finite score
 
@@ -49,6 +46,11 @@ class Row:
     def name(self) -> str:
         """The option file's `name` without what every test file has in it (`test_`, `_x4`)."""
         return self.opt["name"].removeprefix("test_").removesuffix(f"_x{self.opt['scale']}")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file of the weights; its name is empty if there is none."""
+        return Path(self.opt["path"].get("pretrain_network_g") or "")
 
     @property
     def title(self) -> str:
@@ -64,43 +66,36 @@ class Row:
 def fill(rows: list[Row], folder: Path, problems: list[str]) -> bool:
     """Set `values` of all rows; returns whether there is at least one score.
 
-    Args:
-        rows: The networks.
-        folder: Caches the scores of each network on each set, in a file of their own.
-        problems: Gets a line for everything that failed.
+    `folder` caches the scores of each network on each set; `problems` gets a line for each failure.
     """
-    models = {}
-    for index, row in enumerate(rows):
-        row.values = {"parameters": row.parameters or None, "mult_adds": None, "time_ms": None}
-        try:
-            models[index] = build_model(row.opt)
-        except Exception as error:  # a model may refuse its options in any way
-            problems.append(f"{row.title}: {first_line(error)}")
-    contents: dict[tuple[int, str], str] = {}
     hashes: dict[tuple, str] = {}
+    images_of: dict[tuple[int, str], str] = {}
     with tqdm(unit="image", disable=None) as bar:
-        for index, model in models.items():
-            row = rows[index]
+        for row in rows:
+            row.values = dict.fromkeys(("parameters", "mult_adds", "time_ms"))
+            try:
+                row.model = build_model(row.opt)
+            except Exception as error:  # a model may refuse its options in any way
+                problems.append(f"{row.title}: {first_line(error)}")
+                continue
             for name, opt in row.sets.items():
-                images = _hash_of_images(opt, hashes)
-                if contents.setdefault((opt["scale"], name), images) != images:
-                    problems.append(f"{row.argument}: its {name} has other images than those above")
                 bar.set_description(f"{row.title}, {name}")
+                images = _hash_of_images(opt, hashes)
+                if images_of.setdefault((opt["scale"], name), images) != images:
+                    problems.append(f"{row.argument}: its {name} has other images than those above")
                 cell = _cell(folder, row, opt, images)
                 try:
                     found = json.loads(cell.read_text())
                 except (OSError, ValueError):
-                    found = _score_set(model, build_dataset(opt), bar, problems, row.title)
+                    found = _score_set(row, build_dataset(opt), bar, problems)
                     if found:
                         save(cell, json.dumps(found))
                 row.values.update({f"{name} {metric}": found.get(metric) for metric in METRICS})
-                for metric, without in found.get("left out", {}).items():
-                    row.left_out.append(
-                        f"{row.title}, {name}: {metric} is a mean without {without}"
-                    )
+                for metric, images in found.get("left out", {}).items():
+                    row.left_out.append(f"{row.title}, {name}: {metric} is a mean without {images}")
     scored = any(v is not None for row in rows for key, v in row.values.items() if " " in key)
     if scored:
-        _measure([(rows[index], model) for index, model in models.items()], problems)
+        _measure([row for row in rows if row.model], problems)
     return scored
 
 
@@ -119,50 +114,49 @@ def path_of(dataset: Any, index: int) -> Path:
     return Path(paths["gt_path"] if isinstance(paths, dict) else paths)
 
 
-def _score_set(
-    model: Any, dataset: Any, bar: tqdm, problems: list[str], title: str
-) -> dict[str, Any]:
+def _score_set(row: Row, dataset: Any, bar: tqdm, problems: list[str]) -> dict[str, Any]:
     """The means over a set, with the images that are not in them; empty if an image failed."""
     scores: dict[str, list[tuple[str, float]]] = {}
     for index in range(len(dataset)):
         image = path_of(dataset, index).name
         try:
-            for metric, value in score_image(model, dataset, index).items():
+            for metric, value in score_image(row.model, dataset, index).items():
                 scores.setdefault(metric, []).append((image, value))
         except Exception as error:  # a network may fail on an image in any way
-            problems.append(f"{title}, {dataset.opt['name']}, {image}: {first_line(error)}")
+            problems.append(f"{row.title}, {dataset.opt['name']}, {image}: {first_line(error)}")
             return {}
         bar.update()
     found: dict[str, Any] = {"left out": {}}
     for metric, values in scores.items():
         finite = [value for _, value in values if math.isfinite(value)]
         found[metric] = sum(finite) / len(finite) if finite else None
-        without = [f"{image} ({v})" for image, v in values if not math.isfinite(v)]
-        if without:
+        if without := [f"{image} ({v})" for image, v in values if not math.isfinite(v)]:
             found["left out"][metric] = ", ".join(without)
     return found
 
 
-def _measure(pairs: list[tuple[Row, Any]], problems: list[str]) -> None:
+def _measure(rows: list[Row], problems: list[str]) -> None:
     """Count and time one output of 1280x720 (x3: 1281x720); the networks take turns."""
-    timed: list[tuple[Row, Callable[[], None]]] = []
-    for row, model in pairs:
+    timed: list[Row] = []
+    for row in rows:
         window = row.opt["network_g"].get("window_size", 1)  # SwinIRModel pads to it
         width, height = (-(-side // (row.opt["scale"] * window)) * window for side in OUTPUT)
-        network = model.get_bare_model(model.net_g)
+        network = row.model.get_bare_model(row.model.net_g)
         shape = 1, input_channels(network) or 3, height, width
+        parameters = sum(parameter.numel() for parameter in network.parameters())
         try:
-            if row.parameters:  # bicubic has no counts, as in the paper
+            if parameters:  # bicubic has no counts, as in the paper
+                row.values["parameters"] = parameters
                 counts = counting.count(network, shape, row.opt["scale"])
                 row.values["mult_adds"] = counts["mult_adds"]
-            model.feed_data({"lq": torch.rand(shape), "lq_path": [""]})
-            model.test()  # warms up
+            row.model.feed_data({"lq": torch.rand(shape), "lq_path": [""]})
+            row.model.test()  # warms up
         except Exception as error:  # a network may fail on a size in any way
             problems.append(f"{row.title}, time: {first_line(error)}")
         else:
-            timed.append((row, model.test))
-    times = counting.times_in_turns([test for _, test in timed], ROUNDS)
-    for (row, _), turns in zip(timed, times, strict=True):
+            timed.append(row)
+    times = counting.times_in_turns([row.model.test for row in timed], ROUNDS)
+    for row, turns in zip(timed, times, strict=True):
         row.values["time_ms"] = statistics.median(turns)
 
 
@@ -181,12 +175,13 @@ def _hash_of_images(dataset: Options, known: dict[tuple, str]) -> str:
 
 
 def _cell(folder: Path, row: Row, dataset: Options, images: str) -> Path:
-    """The file that caches scores: its name is a hash of options, checkpoint and images."""
+    """The file that caches scores, named by a hash of options, checkpoint and images."""
+    weights = row.checkpoint.read_bytes() if row.checkpoint.name else b""
     identity = {
         "options": {key: value for key, value in row.opt.items() if key not in PLACES},
         "load": [row.opt["path"].get(key) for key in ("param_key_g", "strict_load_g")],
         "dataset": {k: v for k, v in dataset.items() if not k.startswith("dataroot")},
-        "weights": row.weights,
+        "weights": hashlib.sha256(weights).hexdigest(),
         "images": images,
     }
     text = json.dumps(identity, sort_keys=True, default=str)

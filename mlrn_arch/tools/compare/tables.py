@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,10 +23,7 @@ HEADS = {"parameters": "#Params", "mult_adds": "#Mult-Adds", "time_ms": "Time (m
 
 
 def paper() -> dict[tuple[str, int], dict[str, str]]:
-    """Table 1 as the paper prints it: by method and scale the columns that are filled.
-
-    Units are written alike; CARN's "1.592K" stands for 1592K.
-    """
+    """Table 1 as the paper prints it, by method and scale; CARN's "1.592K" is written 1592K."""
     with open(Path(__file__).with_name("table1.csv"), encoding="utf-8") as lines:
         table = {(r.pop("network"), int(r.pop("scale"))): r for r in csv.DictReader(lines)}
     return {key: {k: v for k, v in row.items() if v} for key, row in table.items()}
@@ -42,10 +40,7 @@ def text_of(column: str, value: float, sign: str = "") -> str:
 
 
 def _cell_text(rows: list[Row], row: Row, column: str, printed: dict[str, str]) -> str:
-    """A value as Markdown: best bold, second underlined, beside it the paper's and the difference.
-
-    As in the paper, values that are printed alike share their rank.
-    """
+    """A value as Markdown, with rank and the paper's figure; values printed alike share a rank."""
     value = row.values.get(column)
     text = "-" if value is None else text_of(column, value)
     if value is not None and " " in column:
@@ -67,11 +62,7 @@ def _cell_text(rows: list[Row], row: Row, column: str, printed: dict[str, str]) 
 def write(rows: list[Row], folder: Path, where: str, with_paper: bool) -> list[str]:
     """Print the table and write table.md, .csv and .json; returns its columns.
 
-    Args:
-        rows: The networks, all their figures filled in.
-        folder: Where the files go.
-        where: The machine on which time was measured.
-        with_paper: Whether Table 1's figures stand beside ours.
+    Time was measured on the machine `where`; `with_paper` adds Table 1's figures.
     """
     rows = sorted(rows, key=lambda row: row.opt["scale"])  # stable: else as on the command line
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
@@ -103,22 +94,16 @@ def write(rows: list[Row], folder: Path, where: str, with_paper: bool) -> list[s
     print(text)
 
     save(folder / "table.md", text)
-    records = []
+    records: list[dict[str, Any]] = []
     for row, old in zip(rows, of_paper, strict=True):
-        record = {
-            "method": row.label,
-            "scale": row.opt["scale"],
-            "argument": row.argument,
-            "checkpoint": row.opt["path"].get("pretrain_network_g"),
-            **{column: row.values.get(column) for column in columns},
-        }
-        record.update(
-            {f"{k} (paper)": number(old[k]) if k in old else None for k in columns if with_paper}
-        )
-        records.append(record)
+        records.append({"method": row.label, "scale": row.opt["scale"], "argument": row.argument})
+        records[-1]["checkpoint"] = row.opt["path"].get("pretrain_network_g")
+        records[-1] |= {column: row.values.get(column) for column in columns}
+        for column in columns if with_paper else ():
+            records[-1][f"{column} (paper)"] = number(old[column]) if column in old else None
     about = {"machine": where, "torch": torch.__version__, "output": "1280x720"}
-    about |= {"left_out": left_out, "rows": records}
-    save(folder / "table.json", json.dumps(about, indent=1, allow_nan=False) + "\n")
+    text = json.dumps({**about, "left_out": left_out, "rows": records}, indent=1, allow_nan=False)
+    save(folder / "table.json", text + "\n")
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(records[0])
