@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
-from conftest import mlrn, write_yaml
+from conftest import write_yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlrn_arch import options
@@ -45,6 +45,7 @@ def networks(tmp_path, monkeypatch, test_options) -> Path:
     """A folder with option files and checkpoints: MLRN by FastSRModel, RLFN of the Y channel."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scoring, "OUTPUT", (128, 72))  # the full size takes seconds
+    monkeypatch.setattr(scoring, "ROUNDS", 1)
     metrics = test_options["val"]["metrics"]
     metrics["ssim"] = {**metrics["psnr"], "type": "calculate_ssim"}
     dataset = test_options["datasets"]["test_1"]
@@ -70,17 +71,18 @@ def networks(tmp_path, monkeypatch, test_options) -> Path:
     return tmp_path
 
 
-def test_numbers_are_those_of_mlrn_test(networks, capsys):
+def test_numbers_are_those_of_mlrn_test(networks, mlrn_here, log, capsys):
     assert run("RLFN.yml:RLFN.pth", "MLRN.yml:MLRN.pth", "--paper") == 0
     printed = capsys.readouterr()
     assert printed.err.count("Skipping nowhere") == 1  # once for all rows
     for row in csv.DictReader(Path("comparison/table.csv").read_text().splitlines()):
         name = row["method"]
         forced = ["--force_yml", f"path:pretrain_network_g={name}.pth"]
-        result = mlrn("test", "-opt", f"{name}.yml", *forced, cwd=networks)
+        log.clear()
+        assert mlrn_here("test", "-opt", f"{name}.yml", *forced)[0] == 0
         for metric in ("psnr", "ssim"):
-            score = re.search(rf"# {metric}: ([\d.]+)", result.stdout)[1]
-            assert row[f"tiny_val {metric.upper()}"] == score, result.stdout
+            score = re.search(rf"# {metric}: ([\d.]+)", log.text)[1]
+            assert row[f"tiny_val {metric.upper()}"] == score
     rlfn, mlrn_row = table()
     assert (rlfn["method"], mlrn_row["method"]) == ("RLFN", "MLRN")
     assert mlrn_row["parameters"] == sum(p.numel() for p in MLRN(**TINY).parameters())
@@ -173,8 +175,8 @@ def test_images_without_a_finite_score_are_left_out(networks, capsys, test_optio
     for _ in range(2):  # the second time from the cache
         assert run("b.yml") == 0
         out = capsys.readouterr().out
-        assert "Bicubic x2, tiny_val: PSNR is a mean without black.png (inf)" in out
-        assert "Bicubic x2, tiny_val: SSIM is a mean without small.png (nan)" in out
+        assert "Bicubic x2, tiny_val: PSNR is a mean without black.png\n" in out
+        assert "Bicubic x2, tiny_val: SSIM is a mean without small.png\n" in out
         assert "Picture" not in out  # one point shows no trade-off
     (row,) = table()
     for metric, image in (("PSNR", "black"), ("SSIM", "small")):
@@ -218,7 +220,7 @@ SWINIR = {"img_size": 10, "window_size": 5, "embed_dim": 4, "depths": [2], "num_
 SWINIR |= {"mlp_ratio": 2, "upscale": 2, "upsampler": "pixelshuffledirect"}
 
 
-def test_networks_by_name(networks, test_options, capsys):
+def test_networks_by_name(networks, test_options, mlrn_here, log, capsys):
     standard = {**options.load_yaml("MLRN.yml"), "path": {"pretrain_network_g": "nowhere.pth"}}
     Path("options").mkdir()
     write_yaml(networks / "options/test_MLRN_x2.yml", standard)
@@ -263,9 +265,10 @@ def test_networks_by_name(networks, test_options, capsys):
         (rows[0], "EDSR.yml", "SRModel"),
         (rows[2], "SwinIR.yml", "SwinIRModel"),  # windows of 5 on images of 32x32
     ):
-        result = mlrn("test", "-opt", file, "--force_yml", f"model_type={model}", cwd=networks)
-        scores = re.findall(r"# (?:psnr|ssim): (\S+)", result.stdout)
-        assert [row["tiny_val PSNR"], row["tiny_val SSIM"]] == scores, result.stdout
+        log.clear()
+        assert mlrn_here("test", "-opt", file, "--force_yml", f"model_type={model}")[0] == 0
+        scores = re.findall(r"# (?:psnr|ssim): (\S+)", log.text)
+        assert [row["tiny_val PSNR"], row["tiny_val SSIM"]] == scores
 
 
 def test_two_checkpoints_of_one_network_are_told_apart(networks):
@@ -340,6 +343,7 @@ def test_table_1_and_its_picture(tmp_path):
     points = [
         (name, scale, {column: tables.number(text) for column, text in row.items()})
         for (name, scale), row in printed.items()
+        if scale == 4
     ]
     png, svg = pictures.draw_tradeoffs(points, "Set5 PSNR", "a machine", tmp_path)
     assert cv2.imread(str(png)).std() > 10 and svg.stat().st_size > 10000

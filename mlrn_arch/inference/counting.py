@@ -115,8 +115,7 @@ def _count_on(network: nn.Module, x: Tensor) -> tuple[dict[str, int], tuple[int,
 
     def add_extra(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         nonlocal extra
-        twice = isinstance(module, nn.BatchNorm2d) and module.affine
-        extra += output.numel() * (2 if twice else 1)
+        extra += output.numel() * (2 if getattr(module, "affine", False) else 1)
 
     for module in network.modules():
         if isinstance(module, (*RELU_LIKE, nn.BatchNorm2d)):
@@ -140,10 +139,7 @@ def _count_on(network: nn.Module, x: Tensor) -> tuple[dict[str, int], tuple[int,
 
 
 def times_in_turns(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Milliseconds of one call in every round, for each function.
-
-    They take turns, so a busy machine slows all of them.
-    """
+    """Milliseconds of a call, for each function in each round: noise then meets all of them."""
     with quiet():  # it imports setuptools and looks for a CUDA compiler
         from torch.utils.benchmark import Timer
     threads = torch.get_num_threads()

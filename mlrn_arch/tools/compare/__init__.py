@@ -18,15 +18,13 @@ import cv2
 import numpy as np
 import torch
 from basicsr.data import build_dataset
-from basicsr.models import build_model
 from basicsr.utils import bgr2ycbcr, imfrombytes, tensor2img
 from basicsr.utils.color_util import ycbcr2bgr
 
 from mlrn_arch import machine, options, sources
 from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.models.validation import build_model
 from mlrn_arch.tools.compare import pictures, scoring, tables
-from mlrn_arch.tools.compare.scoring import Row
-from mlrn_arch.tools.compare.tables import text_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _read(text: str, forced: list[str], problems: list[str]) -> Row | None:
+def _read(text: str, forced: list[str], problems: list[str]) -> scoring.Row | None:
     """Read a network's options as `mlrn test` does; faulty test sets are reported and left out."""
     try:
         opt, _, notes = options.read("test", [text, *(["--force_yml", *forced] * bool(forced))])
@@ -81,10 +79,10 @@ def _read(text: str, forced: list[str], problems: list[str]) -> Row | None:
             return None
         return _read(text, [*forced, *(f"datasets:{key}=none" for key in sets)], problems)
     opt["val"]["pbar"] = False
-    return Row(text, opt, notes)
+    return scoring.Row(text, opt, notes)
 
 
-def _set_labels(rows: list[Row]) -> None:
+def _set_labels(rows: list[scoring.Row]) -> None:
     """Name the rows; rows of one name also by the arguments or the checkpoint that differ."""
     for row in rows:
         alike = [r for r in rows if (r.name, r.opt["scale"]) == (row.name, row.opt["scale"])]
@@ -97,7 +95,7 @@ def _set_labels(rows: list[Row]) -> None:
             row.label += f" ({row.checkpoint.stem if unique else row.argument})"
 
 
-def _table(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> bool:
+def _table(rows: list[scoring.Row], args: argparse.Namespace, problems: list[str]) -> bool:
     """Score the networks, print and write the table and its picture; False without any score."""
     names = dict.fromkeys(name for row in rows for name in row.sets)
     if args.set not in (None, *names):
@@ -107,14 +105,13 @@ def _table(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> bo
     where = machine.name_of(torch.device("cuda" if rows[0].opt["num_gpu"] > 0 else "cpu"))
     columns = tables.write(rows, args.output, where, args.paper)
     metric = f"{args.set or columns[len(tables.HEADS)][: -len(' PSNR')]} PSNR"
-    rows = sorted(rows, key=lambda row: row.opt["scale"])
     points = [(row.label, row.opt["scale"], row.values) for row in rows]
     if paths := pictures.draw_tradeoffs(points, metric, where, args.output):
         print("Picture:", *paths)
     return True
 
 
-def _visual(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> bool:
+def _visual(rows: list[scoring.Row], args: argparse.Namespace, problems: list[str]) -> bool:
     """Draw one crop by every network, with the scores of the whole image; False if by none."""
     x, y, width, height = args.crop
     scale, original, crops, title = rows[0].opt["scale"], np.empty(0), [], ""
@@ -140,7 +137,7 @@ def _visual(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> b
         except Exception as error:  # a network may fail on an image in any way
             problems.append(f"{row.title}, {args.visual}: {first_line(error)}")
             continue
-        values = " / ".join(text_of(metric, value) for metric, value in scores.items())
+        values = " / ".join(tables.text_of(metric, value) for metric, value in scores.items())
         crops.append((row.label, values, image[y:bottom, x:right]))
         original, title = gt, scoring.path_of(dataset, index).stem
         title = f"{title} ({dataset.opt['name']}), x{scale}"
@@ -156,7 +153,7 @@ def _visual(rows: list[Row], args: argparse.Namespace, problems: list[str]) -> b
     return True
 
 
-def _find(row: Row, image: str) -> tuple[Any, int]:
+def _find(row: scoring.Row, image: str) -> tuple[Any, int]:
     """Find a test image by its name, SET/name or path; returns its dataset and its index there."""
     for name, opt in row.sets.items():
         dataset = build_dataset(opt)

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from basicsr.data import build_dataset
-from basicsr.models import build_model
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mlrn_arch.errors import first_line
 from mlrn_arch.files import atomic_write
 from mlrn_arch.inference import counting
+from mlrn_arch.inference.backends import quiet
+from mlrn_arch.models.validation import build_model
 from mlrn_arch.networks import input_channels
 from mlrn_arch.options import Options
 
@@ -100,12 +101,13 @@ def fill(rows: list[Row], folder: Path, problems: list[str]) -> bool:
 
 
 def score_image(model: Any, dataset: Any, index: int, save_img: bool = False) -> dict[str, float]:
-    """PSNR and SSIM of one image, by the validation that `mlrn test` runs too."""
+    """PSNR and SSIM of one image, by the validation of `mlrn test`; NaN where that finds none."""
     loader = DataLoader(dataset, sampler=[index])
-    model.validation(loader, model.opt["name"], tb_logger=None, save_img=save_img)
-    metrics = model.opt["val"].get("metrics") or {}
-    found = {m["type"]: float(model.metric_results[name]) for name, m in metrics.items()}
-    return {column: found[kind] for column, kind in METRICS.items() if kind in found}
+    with quiet():  # it warns of images without a score
+        model.validation(loader, model.opt["name"], tb_logger=None, save_img=save_img)
+    names = {m["type"]: name for name, m in (model.opt["val"].get("metrics") or {}).items()}
+    found = {column: names[kind] for column, kind in METRICS.items() if kind in names}
+    return {column: float(model.metric_results.get(n, math.nan)) for column, n in found.items()}
 
 
 def path_of(dataset: Any, index: int) -> Path:
@@ -129,8 +131,8 @@ def _score_set(row: Row, dataset: Any, bar: tqdm, problems: list[str]) -> dict[s
     found: dict[str, Any] = {"left out": {}}
     for metric, values in scores.items():
         finite = [value for _, value in values if math.isfinite(value)]
-        found[metric] = sum(finite) / len(finite) if finite else None
-        if without := [f"{image} ({v})" for image, v in values if not math.isfinite(v)]:
+        found[metric] = statistics.fmean(finite) if finite else None
+        if without := [image for image, value in values if not math.isfinite(value)]:
             found["left out"][metric] = ", ".join(without)
     return found
 
