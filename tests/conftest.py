@@ -218,7 +218,7 @@ def build(tmp_path, monkeypatch):
 def restore_stop(monkeypatch):
     """A stop of this process's training is forgotten, and signals are handled as before."""
     monkeypatch.setattr(FastSRModel, "stop_signal", 0)
-    monkeypatch.setattr(FastSRModel, "signalled_at", None)
+    monkeypatch.setattr(FastSRModel, "signalled_at", -float("inf"))
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():

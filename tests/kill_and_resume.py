@@ -2,9 +2,10 @@
 
     python tests/kill_and_resume.py --kills 100
 
-The run saves after every step, so that many kills fall into a save. It is always started by the
-same command, `mlrn train --auto_resume`. Each start must continue from the newest state on disk,
-pass over nothing, and in the end the weights must equal those of a run that nobody killed.
+The run saves after every step and validates after every second, so that many kills fall into a
+save or a validation. It is always started by the same command, `mlrn train --auto_resume`. Each
+start must continue from the newest state on disk and skip none. In the end the weights, the best
+network and its score must equal those of a run that nobody killed.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> int:
     """Run the trial below `folder`; returns the steps trained. Raises AssertionError on a loss."""
     generator = random.Random(seed)
     options = make_fast(make_train_options(make_paired_data(folder)))
-    del options["val"], options["datasets"]["val"]
+    options["val"].update(val_freq=2, save_best="psnr")
     options["logger"].update(save_checkpoint_freq=1, keep_last=3, use_tb_logger=False)
     options["train"]["total_iter"] = 1_000_000
+    options["train"]["optim_g"]["lr"] = 0.02  # scores go up and down
     path = write_yaml(folder / "kill.yml", options)
 
     def newest() -> int:
         states = (folder / "experiments/tiny/training_states").glob("*.state")
-        return max((int(path.stem) for path in states), default=0)
+        return max((int(path.stem) for path in states if path.stem.isdigit()), default=0)
 
     def resumed_from(output: str) -> int:
         found = re.search(r"Resuming training from epoch: \d+, iter: (\d+)", output)
@@ -59,7 +61,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> int:
         assert process.returncode == -signal.SIGKILL, output
         assert resumed_from(output) == saved, f"{saved} was saved, but:\n{output}"
         assert "Skipping" not in output, output
-        in_a_save += any((folder / "experiments/tiny").rglob("*.part"))
+        in_a_save += any((folder / "experiments/tiny").rglob("*.part.*"))
         print(f"kill {kill}: went on from {saved}, killed with {newest()} saved", flush=True)
 
     total = newest() + 5
@@ -71,16 +73,19 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> int:
     seldom = [*last, "logger:save_checkpoint_freq=1000000"]
     output, _ = start_training(path, folder / "whole", *seldom).communicate()
     assert "End of training" in output, output
-    latest = "experiments/tiny/models/net_g_latest.pth"
-    killed, whole = (
-        torch.load(path / latest, weights_only=True) for path in (folder, folder / "whole")
-    )
-    for network in ("params", "params_ema"):
-        for name, tensor in whole[network].items():
-            assert torch.equal(tensor, killed[network][name]), f"{network} {name} differs"
+    for file in ("net_g_latest.pth", "net_g_best.pth"):
+        killed, whole = (
+            torch.load(path / "experiments/tiny/models" / file, weights_only=True)
+            for path in (folder, folder / "whole")
+        )
+        assert killed.get("best") == whole.get("best"), f"{killed['best']}, not {whole['best']}"
+        for network in ("params", "params_ema"):
+            for name, tensor in whole[network].items():
+                assert torch.equal(tensor, killed[network][name]), f"{file}: {name} differs"
     print(
         f"{kills} kills over {total} steps, {in_a_save} of them in the middle of a save: nothing "
-        "saved was lost, and the weights equal those of a run without kills bit by bit"
+        "saved was lost. The last weights, the best weights (of iteration "
+        f"{whole['best']['iter']}) and their score equal those of a run without kills, bit by bit."
     )
     return total
 

@@ -29,6 +29,8 @@ class FastSRModel(ResumableModel):
         UserError: A loss that is not finite.
     """
 
+    stateful = ("scaler",)  # the loss scaling of fp16
+
     def __init__(self, opt: dict[str, Any]) -> None:
         train, val = opt.get("train") or {}, opt.get("val") or {}
         self.precision = train.get("precision", "fp32")
@@ -202,18 +204,7 @@ class FastSRModel(ResumableModel):
         super().validation(dataloader, current_iter, tb_logger, save_img)
         self.samples_since += time.monotonic() - since
 
-    def training_state(self, epoch: int, current_iter: int) -> dict[str, Any]:
-        """What `ResumableModel` saves, and the loss scaling of fp16."""
-        state = super().training_state(epoch, current_iter)
-        return {**state, "scaler": self.scaler.state_dict()}
-
     def save(self, epoch: int, current_iter: int) -> None:
         """Save as `ResumableModel` does, unless a loss was not finite."""
         self._check_finite()
         super().save(epoch, current_iter)
-
-    def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Resume as `ResumableModel` does, with the loss scaling of fp16."""
-        super().resume_training(resume_state)
-        if scaler := resume_state.get("scaler"):
-            self.scaler.load_state_dict(scaler)

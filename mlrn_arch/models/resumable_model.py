@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import io
+import math
 import os
 import signal
 import sys
@@ -37,18 +38,17 @@ SAME_SIGNAL = 3.0  # seconds; torchrun repeats the Ctrl-C that the terminal sent
 class ResumableModel(SRModel):
     """The saving, validating, resuming and stopping of `FastSRModel`, which trains with it."""
 
+    stateful: tuple[str, ...] = ()  # attributes of a kind of it whose `state_dict` is saved, too
+    stop_signal, signalled_at = 0, -math.inf  # of the process, so of the class
     # Set by `mlrn train`:
-    sampler: ResumableSampler | None = None  # its position is saved
+    sampler: ResumableSampler | None = None
     val_loaders: list[Any] = []
     tb_logger: Any = None
-    # Of the process, so of the class:
-    stop_signal = 0
-    signalled_at: float | None = None
 
     validation_failed = False
     done = samples_seen = 0  # steps, and samples of all processes
-    saved: tuple[int, int] | None = None  # epoch and iteration of the newest state
-    resumed = False  # before the first step
+    saved = 0, 0  # epoch and iteration of the newest state
+    resumed = False  # until the first step
 
     def __init__(self, opt: dict[str, Any]) -> None:
         compared = {key: opt[key] for key in COMPARED if opt.get(key) is not None}
@@ -80,6 +80,7 @@ class ResumableModel(SRModel):
             "iter": current_iter,
             "optimizers": [self.optimizer_g.state_dict()],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            **{name: getattr(self, name).state_dict() for name in self.stateful},
             "samples_seen": self.samples_seen,
             "best_metric_results": _plain(getattr(self, "best_metric_results", {})),
             "validated": dict(self.validated),
@@ -154,7 +155,7 @@ class ResumableModel(SRModel):
         self.validated[name] = self.done
         if self.opt["rank"] == 0:
             self._save_best(name)
-            if self.saved and self.saved[1] == self.done:  # before these scores were known
+            if self.saved[1] == self.done:  # without these scores
                 self._write(self.training_state(*self.saved), self._state_path(self.done))
 
     def _save_best(self, name: str) -> None:
@@ -172,15 +173,9 @@ class ResumableModel(SRModel):
         value, saved = self.metric_results[metric], None
         with contextlib.suppress(UserError):  # there is none yet
             saved = checkpoints.read(path).get("best")
-            if saved is None and best["iter"] != self.done:
-                return  # an earlier version's file, whose score the training state has
         if saved and kind.items() <= saved.items():
             if not is_better(value, saved["val"], best["better"]):
-                if saved["iter"] > self.done:
-                    get_root_logger().info(
-                        f"{path} stays that of iter {saved['iter']}, whose {metric} is "
-                        f"{saved['val']:.4f}"
-                    )
+                get_root_logger().info(f"{path} is still that of iter {saved['iter']}")
                 return
         self._write({**self._networks(), "best": {**kind, "val": value, "iter": self.done}}, path)
 
@@ -205,6 +200,9 @@ class ResumableModel(SRModel):
             self.samples_seen = resume_state.get("samples_seen", done * self.sampler.batch_size)
             self.sampler.skip = self.samples_seen
         self.best_metric_results = resume_state.get("best_metric_results") or {}
+        for name in self.stateful:
+            if state := resume_state.get(name):
+                getattr(self, name).load_state_dict(state)
         if "validated" in resume_state:
             self.validated, self.resumed = resume_state["validated"], True
         if os.path.abspath(self.opt["path"].get("resume_state", "")) == self._state_path(done):
@@ -274,12 +272,12 @@ class ResumableModel(SRModel):
     @classmethod
     def ask_to_stop(cls, signum: int, frame: Any) -> None:
         """Handle a signal: finish the step, save and leave; on a second one leave at once."""
-        now = time.monotonic()
-        if cls.signalled_at is None:
-            cls.stop_signal, cls.signalled_at = cls.stop_signal or signum, now
+        since = time.monotonic() - cls.signalled_at
+        if since == math.inf:
+            cls.stop_signal, cls.signalled_at = cls.stop_signal or signum, time.monotonic()
             name = signal.Signals(signum).name
             get_root_logger().warning(f"{name}: finishing the step, saving, stopping")
-        elif now - cls.signalled_at > SAME_SIGNAL:
+        elif since > SAME_SIGNAL:
             raise KeyboardInterrupt
 
     @classmethod

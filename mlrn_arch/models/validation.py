@@ -34,25 +34,24 @@ def build_model(opt: dict[str, Any]) -> Any:
 
 
 def validate(
-    model: SRModel,
-    loader: Any,
-    current_iter: int | str,
-    tb_logger: Any,
-    save_img: bool,
-    shared: bool = False,
+    model: Any, loader: Any, current_iter: Any, tb_logger: Any, save_img: bool, shared: bool = False
 ) -> None:
     """Score the images of a loader, log the means and update the best results.
 
     Takes the place of `SRModel.nondist_validation`. With `shared` every process scores its share
     of the images, and all of them find the same means.
     """
-    name, scores, failure = loader.dataset.opt["name"], {}, None
+    name, scores, failure = loader.dataset.opt["name"], Scores(), None
     if shared:
         rank, world_size = model.opt["rank"], model.opt["world_size"]
         share = Subset(loader.dataset, range(rank, len(loader.dataset), world_size))
         loader = DataLoader(share, num_workers=loader.num_workers)
     try:
-        scores = _score(model, loader, name, current_iter, tb_logger, save_img)
+        for data in tqdm(loader, name, disable=not model.opt["val"].get("pbar", False)):
+            tb_of_first = None if scores else tb_logger
+            scores[data["lq_path"][0]] = _score(
+                model, data, name, current_iter, tb_of_first, save_img
+            )
     except Exception as error:
         if not shared:
             raise
@@ -68,84 +67,66 @@ def validate(
 
 
 def _score(
-    model: SRModel,
-    loader: DataLoader,
-    set_name: str,
-    current_iter: int | str,
-    tb_logger: Any,
-    save_img: bool,
-) -> Scores:
-    """Run a model on every image; save the outputs and compute the metrics of `val:metrics`."""
-    val, scores = model.opt["val"], Scores()
-    for data in tqdm(loader, set_name, unit="image", disable=not val.get("pbar", False)):
-        path = data["lq_path"][0]
-        image_name = os.path.splitext(os.path.basename(path))[0]
-        for tensor in ("lq", "gt", "output"):  # of the last training batch or image
-            vars(model).pop(tensor, None)
-        model.feed_data(data)
-        model.test()
-        visuals = model.get_current_visuals()
-        if tb_logger and not scores:
-            for kind, image in visuals.items():
-                tb_logger.add_image(f"{set_name}/{kind}", image[0].clamp(0, 1), current_iter)
-        images = {"img": tensor2img([visuals["result"]])}
-        if "gt" in visuals:
-            images["img2"] = tensor2img([visuals["gt"]])
-        if save_img:
-            parts = [image_name, f"{image_name}_{current_iter}.png"]
-            if not model.is_train:
-                parts = [f"{image_name}_{val['suffix'] or model.opt['name']}.png"]
-            folder = model.opt["path"]["visualization"]
-            imwrite(images["img"], os.path.join(folder, set_name, *parts))
-        scores[path] = {
-            metric: _value(images, opt)
-            for metric, opt in (val.get("metrics") or {}).items()
-            if "img2" in images or not _needs_gt(opt["type"])
-        }
-    return scores
+    model: Any, data: dict[str, Any], set_name: str, current_iter: Any, tb_logger: Any, save: bool
+) -> dict[str, float]:
+    """Run a model on an image, save its output, and compute the metrics of `val:metrics`."""
+    for tensor in ("lq", "gt", "output"):  # of the last training batch or image
+        vars(model).pop(tensor, None)
+    model.feed_data(data)
+    model.test()
+    visuals = model.get_current_visuals()
+    if tb_logger:
+        for kind, image in visuals.items():
+            tb_logger.add_image(f"{set_name}/{kind}", image[0].clamp(0, 1), current_iter)
+    images = {"img": tensor2img([visuals["result"]])}
+    if "gt" in visuals:
+        images["img2"] = tensor2img([visuals["gt"]])
+    val = model.opt["val"]
+    if save:
+        name = os.path.splitext(os.path.basename(data["lq_path"][0]))[0]
+        file = os.path.join(name, f"{name}_{current_iter}.png")
+        if not model.is_train:
+            file = f"{name}_{val['suffix'] or model.opt['name']}.png"
+        imwrite(images["img"], os.path.join(model.opt["path"]["visualization"], set_name, file))
+    found = {}
+    for metric, opt in (val.get("metrics") or {}).items():
+        needed = inspect.signature(METRIC_REGISTRY.get(opt["type"])).parameters
+        if "img2" in images or "img2" not in needed:
+            try:
+                with warnings.catch_warnings():  # NumPy warns of the mean of nothing
+                    warnings.simplefilter("ignore", RuntimeWarning)
+                    found[metric] = float(calculate_metric(images, opt))
+            except cv2.error:  # crop_border leaves nothing of the image
+                found[metric] = math.nan
+    return found
 
 
-def _needs_gt(metric: str) -> bool:
-    return "img2" in inspect.signature(METRIC_REGISTRY.get(metric)).parameters
-
-
-def _value(images: dict[str, Any], opt: dict[str, Any]) -> float:
-    try:
-        with warnings.catch_warnings():  # NumPy warns of the mean of nothing
-            warnings.simplefilter("ignore", RuntimeWarning)
-            return float(calculate_metric(images, opt))
-    except cv2.error:  # crop_border leaves nothing of the image
-        return math.nan
-
-
-def _summarize(
-    model: SRModel, set_name: str, scores: Scores, current_iter: int | str, tb_logger: Any
-) -> None:
+def _summarize(model: Any, name: str, scores: Scores, current_iter: Any, tb_logger: Any) -> None:
     """Average the finite values of each metric; images with others are named.
 
     PSNR is infinite where the output equals GT. Images smaller than SSIM's window have none.
     """
     model.metric_results = {}
-    best_results = vars(model).setdefault("best_metric_results", {}).setdefault(set_name, {})
+    best_results = vars(model).setdefault("best_metric_results", {}).setdefault(name, {})
     for metric, opt in (model.opt["val"].get("metrics") or {}).items():
-        values = {path: of_image[metric] for path, of_image in scores.items() if metric in of_image}
+        values = {path: found[metric] for path, found in scores.items() if metric in found}
         finite = [value for value in values.values() if math.isfinite(value)]
         odd = [f"{path} ({v})" for path, v in values.items() if not math.isfinite(v)]
         if not values:
-            get_root_logger().warning(f"{set_name} has no GT images: no {metric}")
+            get_root_logger().warning(f"{name} has no GT images: no {metric}")
         elif odd:
             more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
             mean = f"the mean is that of the other {len(finite)}" if finite else "there is no mean"
             get_root_logger().warning(
-                f"{set_name}: {metric} is not finite for {', '.join(odd[:3])}{more}; {mean}"
+                f"{name}: {metric} is not finite for {', '.join(odd[:3])}{more}; {mean}"
             )
         if finite:
-            mean_value = model.metric_results[metric] = statistics.fmean(finite)
+            value = model.metric_results[metric] = statistics.fmean(finite)
             better, best = opt.get("better", "higher"), best_results.get(metric)
-            if best is None or is_better(mean_value, best["val"], better):
-                best_results[metric] = {"better": better, "val": mean_value, "iter": current_iter}
+            if best is None or is_better(value, best["val"], better):
+                best_results[metric] = {"better": better, "val": value, "iter": current_iter}
     if model.metric_results:
-        model._log_validation_metric_values(current_iter, set_name, tb_logger)
+        model._log_validation_metric_values(current_iter, name, tb_logger)
 
 
 def is_better(value: float, other: float, better: str) -> bool:
