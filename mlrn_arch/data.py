@@ -102,7 +102,7 @@ class ResumableSampler(EnlargedSampler):
 
 
 class _Checked(torch.utils.data.Dataset):
-    """A dataset that names an image which cannot be read; with a seed for numbered samples."""
+    """A dataset that names an image which it cannot read; with a seed it takes numbered samples."""
 
     def __init__(self, dataset: Any, seed: int | None = None) -> None:
         self.dataset, self.opt, self.seed = dataset, dataset.opt, seed
@@ -132,26 +132,18 @@ def seed_everything(text: str) -> None:
     torch.manual_seed(random.getrandbits(63))
 
 
-def build_dataloader(
-    dataset: torch.utils.data.Dataset,
-    dataset_opt: dict[str, Any],
-    num_gpu: int = 1,
-    dist: bool = False,
-    sampler: Any = None,
-    seed: int | None = None,
-) -> torch.utils.data.DataLoader:
+def build_dataloader(dataset: Any, dataset_opt: dict[str, Any], **kwargs: Any) -> Any:
     """BasicSR's `build_dataloader`; in training with seeded samples and workers that stay.
 
     BasicSR's workers start again with the same seeds in every epoch, so that short epochs repeat
     the same crops.
     """
     if dataset_opt["phase"] != "train":
-        return build_stock_dataloader(_Checked(dataset), dataset_opt, num_gpu, dist, sampler, seed)
+        return build_stock_dataloader(_Checked(dataset), dataset_opt, **kwargs)
     dataset_opt = {**dataset_opt, "persistent_workers": dataset_opt["num_worker_per_gpu"] > 0}
-    seeded = _Checked(dataset, seed)
-    loader = build_stock_dataloader(seeded, dataset_opt, num_gpu, dist, sampler, seed)
+    loader = build_stock_dataloader(_Checked(dataset, kwargs["seed"]), dataset_opt, **kwargs)
     loader.worker_init_fn = _start_worker
-    sampler.batch_size = loader.batch_size * sampler.num_replicas
+    kwargs["sampler"].batch_size = loader.batch_size * kwargs["sampler"].num_replicas
     return loader
 
 

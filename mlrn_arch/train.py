@@ -52,31 +52,29 @@ def replacements(opt: dict[str, Any], parts: dict[str, Any] | None = None) -> di
     if not issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel):
         return {"build_model": build_model}
     parts = {} if parts is None else parts
-    parts.update(tb_logger=None, val_loaders=[])
+    parts["val_loaders"] = []
 
     def make_tb_loggers(opt: dict[str, Any]) -> Any:
         parts["tb_logger"] = init_tb_loggers(opt)
         return parts["tb_logger"]
 
-    def make_sampler(*args: Any) -> data.ResumableSampler:
-        parts["sampler"] = data.ResumableSampler(*args)
-        return parts["sampler"]
-
     def make_loader(dataset: Any, dataset_opt: dict[str, Any], **kwargs: Any) -> Any:
         loader = data.build_dataloader(dataset, dataset_opt, **kwargs)
-        if dataset_opt["phase"] == "val":
+        if dataset_opt["phase"] == "train":
+            parts["sampler"] = kwargs["sampler"]
+        else:
             parts["val_loaders"].append(loader)
         return loader
 
     def make_model(opt: dict[str, Any]) -> FastSRModel:
-        parts["model"] = model = build_model(opt)
-        model.sampler, model.val_loaders = parts["sampler"], parts["val_loaders"]
-        model.tb_logger = parts["tb_logger"]
+        model = build_model(opt)
+        vars(model).update(parts)
+        parts["model"] = model
         return model
 
     return {
         "init_tb_loggers": make_tb_loggers,
-        "EnlargedSampler": make_sampler,
+        "EnlargedSampler": data.ResumableSampler,
         "build_dataloader": make_loader,
         "build_model": make_model,
     }

@@ -69,11 +69,7 @@ class DistillModel(FastSRModel):
 
 
 def load_teacher(opt: dict[str, Any]) -> nn.Module:
-    """The teacher of complete options, with its weights, on the CPU.
-
-    Raises:
-        UserError: There is no such network or checkpoint, or they do not fit.
-    """
+    """The teacher of complete options on the CPU; `UserError` if there is none that fits."""
     path, section = opt["path"], opt.get("network_t")
     checkpoint = path["pretrain_network_t"]
     if section is None:
@@ -118,11 +114,7 @@ def _recorded(modules: list[nn.Module], forced: list[Tensor] | None = None) -> I
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of an MLRN or RLFN, each from features to features.
-
-    Raises:
-        ValueError: It is another network.
-    """
+    """The blocks of an MLRN or RLFN, each from features to features; else `ValueError`."""
     if isinstance(network, MLRN):
         return list(network.body)
     if isinstance(network, RLFN):

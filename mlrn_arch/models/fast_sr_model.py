@@ -74,14 +74,10 @@ class FastSRModel(ResumableModel):
         channels = networks.input_channels(net, self.opt["network_g"]) or 3
         inner = inner_weights(net, torch.zeros(1, channels, 64, 64, device=self.device))
         ids = {id(param) for param in inner}
-        others = [n for n, p in net.named_parameters() if p.ndim > 1 and id(p) not in ids]
         biases = {id(p) for n, p in net.named_parameters() if n.endswith("bias")}
         kwargs["biases"] = [param for param in params if id(param) in biases]
         rest = [param for param in params if id(param) not in ids | biases]
-        get_root_logger().info(
-            f"Muon trains {len(inner)} weights, {sum(p.numel() for p in inner):,} parameters; "
-            f"Adam biases and {len(others)} weights: {', '.join(others)}"
-        )
+        get_root_logger().info(f"Muon trains {sum(p.numel() for p in inner):,} parameters")
         return Muon(inner, rest, lr, **kwargs)
 
     def feed_data(self, data: dict[str, Any]) -> None:
@@ -153,7 +149,7 @@ class FastSRModel(ResumableModel):
         torch._foreach_add_(ema, net, alpha=1 - decay)
 
     def _check_finite(self) -> None:
-        """Fetch what the last steps found; raise for the first loss that was not finite."""
+        """Look at what the last steps found; raise for the first loss that was not finite."""
         if not self.pending:
             return
         bad = torch.stack([flag for _, flag, _ in self.pending]).float()
@@ -195,14 +191,7 @@ class FastSRModel(ResumableModel):
                 self.output = net.forward(self.lq).float()
         finally:
             net.train(training)
-
-    def validation(
-        self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool = False
-    ) -> None:
-        """Validate as `ResumableModel` does, outside the time of samples/s."""
-        since = time.monotonic()
-        super().validation(dataloader, current_iter, tb_logger, save_img)
-        self.samples_since += time.monotonic() - since
+            self.samples, self.samples_since = 0, time.monotonic()  # of training alone
 
     def save(self, epoch: int, current_iter: int) -> None:
         """Save as `ResumableModel` does, unless a loss was not finite."""

@@ -51,8 +51,6 @@ class Muon(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Make a step; where `self.found_inf` is set, nothing changes."""
-        if closure is not None:
-            raise NotImplementedError("Muon makes one step a gradient, so takes no closure")
         groups = self.param_groups
         for group in groups:
             if "momentum" in group:
@@ -126,7 +124,7 @@ def inner_weights(network: nn.Module, image: Tensor) -> list[nn.Parameter]:
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring all singular values of matrices, (n, rows, columns), near 1 (0.7 to 1.2).
 
-    Five Newton-Schulz steps with Jordan's coefficients, which trade accuracy for speed.
+    By five Newton-Schulz steps with Jordan's coefficients, which trade accuracy for speed.
     """
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
     if tall := x.shape[1] > x.shape[2]:

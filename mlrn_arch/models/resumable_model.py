@@ -11,10 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
@@ -52,8 +50,8 @@ class ResumableModel(SRModel):
 
     def __init__(self, opt: dict[str, Any]) -> None:
         compared = {key: opt[key] for key in COMPARED if opt.get(key) is not None}
-        if "train" in opt["datasets"]:
-            compared["datasets:train"] = opt["datasets"]["train"]
+        data = opt["datasets"].get("train", {}).items()
+        compared["datasets:train"] = {k: v for k, v in data if k not in NOT_COMPARED}
         self.started_with = copy.deepcopy(compared)
         self.validated: dict[str, int] = {}  # name of a set -> iteration of its last validation
         super().__init__(opt)
@@ -82,23 +80,20 @@ class ResumableModel(SRModel):
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             **{name: getattr(self, name).state_dict() for name in self.stateful},
             "samples_seen": self.samples_seen,
-            "best_metric_results": _plain(getattr(self, "best_metric_results", {})),
-            "validated": dict(self.validated),
-            "started_with": _plain(self.started_with),
+            "best_metric_results": getattr(self, "best_metric_results", {}),
+            "validated": self.validated,
+            "started_with": self.started_with,
         }
 
     def _networks(self) -> dict[str, Any]:
         networks = {"params": self.get_bare_model(self.net_g)}
         if hasattr(self, "net_g_ema"):
             networks["params_ema"] = self.net_g_ema
-        network_g = _plain(self.opt["network_g"])
-        return {
-            key: checkpoints.note(
-                {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()},
-                network_g,
-            )
+        states = {
+            key: {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
             for key, net in networks.items()
         }
+        return {k: checkpoints.note(state, self.opt["network_g"]) for k, state in states.items()}
 
     def _model_path(self, name: int | str) -> str:
         return os.path.join(self.opt["path"]["models"], f"net_g_{name}.pth")
@@ -184,10 +179,8 @@ class ResumableModel(SRModel):
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Continue exactly where a state was saved; a state of stock `SRModel` does as well.
 
-        The settings of the optimizer and the schedule are those of the option file now.
-
-        Raises:
-            UserError: The state is that of another optimizer or network.
+        The settings of the optimizer and the schedule are those of the option file now. Raises
+        `UserError` for a state of another optimizer or network.
         """
         self.done = done = resume_state["iter"]
         self._load_optimizer(resume_state["optimizers"][0])
@@ -207,9 +200,11 @@ class ResumableModel(SRModel):
             self.validated, self.resumed = resume_state["validated"], True
         if os.path.abspath(self.opt["path"].get("resume_state", "")) == self._state_path(done):
             self.saved = resume_state["epoch"], done
-        now = _plain(self.started_with)
-        for key, before, after in _differences(resume_state.get("started_with", now), now):
-            get_root_logger().warning(f"Resuming with another {key}: {before} -> {after}")
+        now = _flat(self.started_with)
+        before = _flat(resume_state.get("started_with", now))
+        for key in {**before, **now}:
+            if (old := before.get(key)) != (new := now.get(key)):
+                get_root_logger().warning(f"Resuming with another {key}: {old} -> {new}")
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Load what the optimizer knows of every weight; its settings stay the option file's."""
@@ -299,20 +294,9 @@ class ResumableModel(SRModel):
         raise SystemExit(NOT_FINISHED if signum == TIME_IS_UP else 128 + signum)
 
 
-def _plain(value: Any) -> Any:
-    """Nested options or results as plain types, which a state may hold and be loaded safely."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key not in NOT_COMPARED}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _differences(before: Any, after: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the key (`section:key`) and both values wherever two nested options differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in {**before, **after}:
-            inner = f"{where}:{key}" if where else key
-            yield from _differences(before.get(key), after.get(key), inner)
-    elif before != after:
-        yield where, before, after
+def _flat(value: Any, where: str = "") -> dict[str, Any]:
+    """Nested options by their whole keys, such as `train:optim_g:lr`."""
+    if not isinstance(value, dict):
+        return {where: value}
+    sections = [_flat(inner, f"{where}:{key}" if where else key) for key, inner in value.items()]
+    return {key: item for section in sections for key, item in section.items()}
