@@ -119,6 +119,7 @@ def test_a_resume_draws_the_seed_and_forgets_what_was_lost(
     """
     torch.save(MLRN(num_feat=8, num_block=1, esa_feat=4).state_dict(), tmp_path / "start.pth")
     del fast_options["manual_seed"]
+    fast_options["network_g"]["img_range"] = 255
     fast_options["train"].update(total_iter=8, inherit_network_g=str(tmp_path / "start.pth"))
     fast_options["logger"]["save_checkpoint_freq"] = 4
     run(tmp_path / "whole", fast_options)
