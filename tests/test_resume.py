@@ -234,6 +234,17 @@ def test_all_settings_of_the_optimizer_are_the_option_files(build, fast_options)
     train(later, batches(1))
 
 
+def test_the_teacher_of_a_resume_is_the_same(build, fast_options):
+    """BasicSR changes every `param_key` to params, the teacher's too."""
+    model = build(fast_options)
+    model.save(0, 1)
+    opt = {**model.opt, "auto_resume": True, "network_t": {"type": "RLFN"}}
+    opt["path"] |= {"param_key_t": "params_ema", "param_key_g": "params_ema"}
+    opt["path"]["ignore_resume_networks"] = ["network_t"]
+    assert compat._load_resume_state(opt)["iter"] == 1
+    assert (opt["path"]["param_key_t"], opt["path"]["param_key_g"]) == ("params_ema", "params")
+
+
 def test_amsgrad_may_come_later(build, fast_options):
     model = build(deepcopy(fast_options))
     train(model, batches(1))

@@ -36,9 +36,9 @@ SAME_SIGNAL = 3.0  # seconds; torchrun repeats the Ctrl-C that the terminal sent
 class ResumableModel(SRModel):
     """The saving, validating, resuming and stopping of `FastSRModel`, which trains with it."""
 
-    stateful: tuple[str, ...] = ()  # attributes of a kind of it whose `state_dict` is saved, too
+    stateful: tuple[str, ...] = ()  # a subclass's attributes whose `state_dict` is saved, too
     stop_signal, signalled_at = 0, -math.inf  # of the process, so of the class
-    # Set by `mlrn train`:
+    # `mlrn train` sets these:
     sampler: ResumableSampler | None = None
     val_loaders: list[Any] = []
     tb_logger: Any = None
@@ -63,10 +63,10 @@ class ResumableModel(SRModel):
         if self.opt["rank"] != 0:
             return
         if current_iter == -1:
-            self._write(self._networks(), self._model_path("latest"))
+            self._write(self._networks(), self._path("net_g_latest.pth"))
         # The network first: a state without its network could not be resumed.
-        elif self._write(self._networks(), self._model_path(current_iter)) and self._write(
-            self.training_state(epoch, current_iter), self._state_path(current_iter)
+        elif self._write(self._networks(), self._path(f"net_g_{current_iter}.pth")) and self._write(
+            self.training_state(epoch, current_iter), self._path(f"{current_iter}.state")
         ):
             self.saved = epoch, current_iter
             self._prune()
@@ -95,11 +95,9 @@ class ResumableModel(SRModel):
         }
         return {k: checkpoints.note(state, self.opt["network_g"]) for k, state in states.items()}
 
-    def _model_path(self, name: int | str) -> str:
-        return os.path.join(self.opt["path"]["models"], f"net_g_{name}.pth")
-
-    def _state_path(self, current_iter: int) -> str:
-        return os.path.join(self.opt["path"]["training_states"], f"{current_iter}.state")
+    def _path(self, name: str) -> str:
+        folder = "models" if name.endswith(".pth") else "training_states"
+        return os.path.join(self.opt["path"][folder], name)
 
     @staticmethod
     def _write(content: dict[str, Any], path: str) -> bool:
@@ -121,7 +119,7 @@ class ResumableModel(SRModel):
         keep = self.opt["logger"].get("keep_last")
         for state in newest_states(self.opt["path"]["training_states"])[keep or sys.maxsize :]:
             iteration = os.path.basename(state).removesuffix(".state")
-            for path in (state, self._model_path(iteration)):
+            for path in (state, self._path(f"net_g_{iteration}.pth")):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
 
@@ -138,9 +136,9 @@ class ResumableModel(SRModel):
             super().validation(dataloader, current_iter, tb_logger, save_img)
             return
         name = dataloader.dataset.opt["name"]
-        if self.validated.get(name) == self.done:  # at the end BasicSR validates once more,
+        if self.validated.get(name) == self.done:  # BasicSR validates again at the end of a run
             return
-        try:  # and counts a step that it did not make
+        try:  # current_iter is one too many at the end
             super().validation(dataloader, self.done, tb_logger, save_img)
         except Exception as error:
             self.validation_failed = True
@@ -150,20 +148,20 @@ class ResumableModel(SRModel):
         self.validated[name] = self.done
         if self.opt["rank"] == 0:
             self._save_best(name)
-            if self.saved[1] == self.done:  # without these scores
-                self._write(self.training_state(*self.saved), self._state_path(self.done))
+            if self.saved[1] == self.done:  # the file does not have these scores yet
+                self._write(self.training_state(*self.saved), self._path(f"{self.done}.state"))
 
     def _save_best(self, name: str) -> None:
         """Write `net_g_best.pth` if the first validation set has its best score so far.
 
-        The file itself says which score it has, so that neither a kill nor a resume puts a worse
-        network in its place. A file of another set or metric is replaced.
+        The file contains its score, so that no kill and no resume replaces it by a worse network.
+        The score of another set or metric does not count.
         """
         metric, sets = self.opt["val"].get("save_best"), self.opt["datasets"].values()
         first = next(opt["name"] for opt in sets if opt["phase"] == "val")
         if name != first or metric not in self.metric_results:
             return
-        path, best = self._model_path("best"), self.best_metric_results[name][metric]
+        path, best = self._path("net_g_best.pth"), self.best_metric_results[name][metric]
         kind = {"dataset": name, "metric": metric, "better": best["better"]}
         value, saved = self.metric_results[metric], None
         with contextlib.suppress(UserError):  # there is none yet
@@ -198,7 +196,9 @@ class ResumableModel(SRModel):
                 getattr(self, name).load_state_dict(state)
         if "validated" in resume_state:
             self.validated, self.resumed = resume_state["validated"], True
-        if os.path.abspath(self.opt["path"].get("resume_state", "")) == self._state_path(done):
+        if os.path.abspath(self.opt["path"].get("resume_state") or "") == self._path(
+            f"{done}.state"
+        ):
             self.saved = resume_state["epoch"], done
         now = _flat(self.started_with)
         before = _flat(resume_state.get("started_with", now))
@@ -207,7 +207,7 @@ class ResumableModel(SRModel):
                 get_root_logger().warning(f"Resuming with another {key}: {old} -> {new}")
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Load what the optimizer knows of every weight; its settings stay the option file's."""
+        """Load the optimizer's moments; its settings stay those of the option file."""
         groups = self.optimizer_g.param_groups
         try:
             saved_groups = [
@@ -223,20 +223,20 @@ class ResumableModel(SRModel):
                         state[key] = torch.empty_like(param).copy_(value.reshape(param.shape))
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"the training state does not fit train:optim_g and network_g ({error}); resume "
-                "with those that it was saved with, or begin with its weights as "
-                "path:pretrain_network_g under another name"
+                f"the training state does not fit train:optim_g and network_g ({error}); restore "
+                "these options, or start a run of another name from the weights by "
+                "path:pretrain_network_g"
             ) from None
 
     def _set_schedule(self, done: int) -> None:
-        """Bring the learning rates to where `done` steps by the option file leave them."""
+        """Set the learning rates to those that `done` steps by the option file lead to."""
         warmup_iter = self.opt["train"].get("warmup_iter", -1)
         if warm := max(0, min(done, warmup_iter - 1)):
             rates = self._get_init_lr()
             self._set_lr([[rate / warmup_iter * warm for rate in group] for group in rates])
         for scheduler in self.schedulers:
             changes = {*getattr(scheduler, "milestones", ()), *getattr(scheduler, "restarts", ())}
-            first, last = max(warm, 1), done - 1  # after step i a schedule counts i - 1
+            first, last = max(warm, 1), done - 1  # at step i a schedule's count is i - 1
             for epoch in sorted({e for e in changes if first <= e < last} | {last}):
                 scheduler.last_epoch = epoch
                 if epoch >= first:
@@ -257,11 +257,11 @@ class ResumableModel(SRModel):
         if stop:
             self._stop(current_iter - 1, stop)
         if self.resumed and val and (current_iter - 1) % val["val_freq"] == 0:
-            for loader in self.val_loaders:  # of which the run before did not finish all
+            for loader in self.val_loaders:  # skips those that the stopped run finished
                 self.validation(loader, current_iter - 1, self.tb_logger, val["save_img"])
         self.resumed, self.done = False, current_iter
         super().update_learning_rate(current_iter, warmup_iter)
-        # A step's random numbers depend on nothing before it, so that no state must hold them.
+        # Seeded by step, random numbers need no place in the training state.
         seed_everything(f"{self.opt['manual_seed']}:{self.opt['rank']}:{current_iter}")
 
     @classmethod
@@ -281,14 +281,14 @@ class ResumableModel(SRModel):
         cls.stop_signal = cls.stop_signal or TIME_IS_UP
 
     def stop_if_asked(self) -> None:
-        """Save and leave in the middle of a validation, which a resume does again."""
+        """Save and leave in the middle of a validation; the resume repeats it."""
         if self.is_train and self.stop_signal and not self.opt["dist"]:
             self._stop(self.done, self.stop_signal)
 
     def _stop(self, done: int, signum: int) -> None:
         if done > 0:
             self.save(self.sampler.epoch if self.sampler else 0, done)
-        if self.opt["dist"]:  # torchrun ends all processes as soon as the first has left
+        if self.opt["dist"]:  # torchrun ends all processes when the first one leaves
             torch.distributed.barrier()
         get_root_logger().info(f"Stopped after iter {done}; --auto_resume goes on from there.")
         raise SystemExit(NOT_FINISHED if signum == TIME_IS_UP else 128 + signum)

@@ -26,7 +26,7 @@ Scores = dict[str, dict[str, float]]  # path of the LR image -> name of the metr
 
 
 def build_model(opt: dict[str, Any]) -> Any:
-    """BasicSR's `build_model`; `SRModel` and kinds of it validate as this module does."""
+    """BasicSR's `build_model`; models that validate as `SRModel` does use `validate` instead."""
     model = build_stock_model(opt)
     if getattr(type(model), "nondist_validation", None) is SRModel.nondist_validation:
         model.nondist_validation = types.MethodType(validate, model)
@@ -38,8 +38,8 @@ def validate(
 ) -> None:
     """Score the images of a loader, log the means and update the best results.
 
-    Takes the place of `SRModel.nondist_validation`. With `shared` every process scores its share
-    of the images, and all of them find the same means.
+    Replaces `SRModel.nondist_validation`. With `shared` every process scores its share of the
+    images, and all processes get the same means.
     """
     name, scores, failure = loader.dataset.opt["name"], Scores(), None
     if shared:
@@ -102,9 +102,9 @@ def _score(
 
 
 def _summarize(model: Any, name: str, scores: Scores, current_iter: Any, tb_logger: Any) -> None:
-    """Average the finite values of each metric; images with others are named.
+    """Average the finite values of each metric; the log names the other images.
 
-    PSNR is infinite where the output equals GT. Images smaller than SSIM's window have none.
+    PSNR is infinite where the output equals GT. Images smaller than SSIM's window have no SSIM.
     """
     model.metric_results = {}
     best_results = vars(model).setdefault("best_metric_results", {}).setdefault(name, {})
