@@ -59,6 +59,7 @@ from basicsr.utils import (  # noqa: E402
     MessageLogger,
     check_resume,
     color_util,
+    get_env_info,
     get_root_logger,
     matlab_functions,
 )
@@ -206,6 +207,10 @@ def _tensorboard_from(step: int) -> Callable[[str], Any]:
     return init_tb_logger
 
 
+def _is_short(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO or "\n" not in record.getMessage()
+
+
 def run_pipeline(
     phase: str,
     opt: dict[str, Any],
@@ -219,7 +224,7 @@ def run_pipeline(
         phase: `train` or `test`.
         opt: Complete options, as BasicSR's `parse_options` would return them.
         args: The command line; BasicSR copies the file `args.opt` into the experiment.
-        notes: What was adapted to this machine; logged below the environment.
+        notes: What was adapted to this machine, for the log.
         replaced: Attributes of the pipeline's module and their replacements.
 
     Raises:
@@ -228,11 +233,19 @@ def run_pipeline(
     pipeline: Any = importlib.import_module(f"basicsr.{phase}")
     for name, replacement in replaced.items():
         setattr(pipeline, name, replacement)
-    get_env_info = pipeline.get_env_info
     # BasicSR's parse_options uses PyYAML's unsafe loader and executes `--force_yml` keys.
     pipeline.parse_options = lambda root_path, is_train: (opt, args)
-    # The environment opens the log file; the logger must not be used earlier.
-    pipeline.get_env_info = lambda: "\n".join([get_env_info(), *notes])
+
+    def begin_log() -> str:  # the log file is open from here on
+        logger = get_root_logger()
+        for handler in logger.handlers:
+            if phase == "test" and type(handler) is logging.StreamHandler:
+                handler.addFilter(_is_short)  # options and layers go to the log file only
+        for note in notes:
+            logger.info(note)
+        return get_env_info()
+
+    pipeline.get_env_info = begin_log
     if phase == "train":
         # With several validation sets it warns that "only" SRModel takes them; SRModel's kinds do.
         logging.getLogger("basicsr").addFilter(lambda r: "*only* supported" not in r.getMessage())

@@ -6,7 +6,9 @@ import contextlib
 import importlib.util
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -17,20 +19,20 @@ DEVICES = ("cpu", "cuda", "mps")
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of a name; a GPU if there is one and None is given.
+    """The device of that name; None means a GPU if there is one, else the CPU.
 
     Raises:
-        UserError: It is a GPU, and torch finds none.
+        UserError: Torch finds no such GPU.
     """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if not found.get(device.type, lambda: True)():
+    no_cuda = device.type == "cuda" and not torch.cuda.is_available()
+    if no_cuda or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"device {device}: torch finds no GPU here; use cpu")
     return device
 
 
 def name_of(device: torch.device) -> str:
-    """The GPU, or the processor with its cores and the threads that torch uses."""
+    """The name of a GPU, or of the processor with its cores and the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -43,11 +45,36 @@ def name_of(device: torch.device) -> str:
 
 
 def computes_in_bf16(device: str = "cpu") -> bool:
-    """Whether bf16 is more than an emulation on a device; no, if torch <2.11 can't tell."""
+    """Whether a device computes in bf16 natively; False on CPUs where torch < 2.11 cannot tell."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
+def fits_fp16(network: torch.nn.Module) -> bool:
+    """Whether features stay far below fp16's largest number, 65,504: at an image range up to 1.
+
+    The output does not tell: attention hides an overflow from it.
+    """
+    return all(getattr(module, "img_range", 1) <= 1 for module in network.modules())
+
+
+@contextlib.contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Keep cuDNN's fp32 convolutions in fp32; its default on Ampere and later GPUs is TF32."""
+    cudnn: Any = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):  # torch < 2.9; later versions refuse to mix both interfaces
+        kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+        with cudnn.flags(**kept, allow_tf32=False):
+            yield
+        return
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = before
 
 
 def cores() -> int:
@@ -57,7 +84,7 @@ def cores() -> int:
 
 
 def missing(*packages: str) -> list[str]:
-    """Those of `packages` that are not installed."""
+    """Which of `packages` are not installed."""
     return [package for package in packages if not importlib.util.find_spec(package)]
 
 
@@ -65,22 +92,21 @@ def need(what: str, *packages: str) -> None:
     """Raise `UserError`, with the command that installs them, if one of `packages` is missing."""
     if lacking := missing(*packages):
         raise UserError(
-            f"{what} needs {' and '.join(lacking)}, which this Python lacks; "
+            f"{what} needs {' and '.join(lacking)}, not installed in this Python; "
             f"pip install {' '.join(lacking)}"
         )
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that are free to this process.
+    """Bytes of memory that this process may still allocate.
+
+    The least of what the machine has available and what each limit of a container or batch job
+    leaves: control groups of version 1 and 2, the process's own and all above it.
 
     Args:
         root: The folder of `proc` and `sys`.
-
-    Returns:
-        What the machine has available or, if that is less, what the limits of the container or
-        batch job leave: of control groups of version 1 and 2, the process's own and all above it.
     """
-    free = 4 * 2**30  # of a machine that does not tell
+    free = 4 * 2**30  # where the system does not say
     # Any other system than Linux lacks these files.
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -93,7 +119,7 @@ def free_memory(root: Path = Path("/")) -> int:
                 top, limit, usage = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
             else:
                 continue
-            # A container may see no more than the topmost of them, which then is its own.
+            # A container may see only the topmost group, which is its own then.
             for part in (PurePosixPath(path), *PurePosixPath(path).parents):
                 group = root / "sys/fs/cgroup" / top / part.relative_to("/")
                 if (group / limit).exists() and (most := (group / limit).read_text()) != "max\n":
@@ -103,8 +129,8 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def _cached(stat: Path) -> int:
-    """Bytes of files that a group is charged with, and that make way for what it allocates."""
+    """Bytes of cached files that a group is charged with, and that allocations can replace."""
     values = dict(line.split() for line in stat.read_text().splitlines())
-    # With "total_" it is that of the groups below as well, which version 2 counts anyway.
+    # Version 1's "total_" includes the groups below, as version 2 does anyway.
     kinds = ("inactive_file", "active_file")
     return sum(int(values.get(f"total_{kind}", values.get(kind, 0))) for kind in kinds)

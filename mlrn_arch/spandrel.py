@@ -21,6 +21,7 @@ from spandrel.util import KeyCondition
 from mlrn_arch import checkpoints
 from mlrn_arch.archs.esa import MIN_SIZE
 from mlrn_arch.archs.mlrn_arch import MLRN
+from mlrn_arch.machine import fits_fp16
 
 
 class MLRNArch(Architecture[MLRN]):
@@ -52,7 +53,7 @@ class MLRNArch(Architecture[MLRN]):
             architecture=self,
             purpose="Restoration" if model.upscale == 1 else "SR",
             tags=[f"{num_feat}nf", f"{len(model.body)}nb"],
-            supports_half=model.img_range == 1,  # larger values can overflow inside
+            supports_half=fits_fp16(model),
             supports_bfloat16=True,
             scale=model.upscale,
             input_channels=num_in_ch,

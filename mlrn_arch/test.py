@@ -12,16 +12,42 @@ if not __package__:  # `python mlrn_arch/test.py`: this folder's names are no mo
 from collections.abc import Sequence
 from typing import Any
 
-from mlrn_arch import compat, data, errors, options
+from mlrn_arch import compat, data, errors, machine, options
 from mlrn_arch.models.validation import build_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Test as an option file says; raises `UserError` for a fault in it. Returns 0."""
-    replaced: dict[str, Any] = {"build_model": build_model}
-    replaced["build_dataloader"] = data.build_dataloader
+    """Test as an option file says and print a table of the scores; returns 0.
+
+    Raises:
+        UserError: The option file or an image has a fault.
+    """
     opt, args, notes = options.read("test", argv)
-    compat.run_pipeline("test", opt, args, notes, **replaced)
+    metrics = list(opt["val"].get("metrics", {}))
+    rows = [["set", "images", *metrics]]
+
+    def make_model(opt: dict[str, Any]) -> Any:
+        model = build_model(opt)
+        validate = model.validation
+
+        def validation(loader: Any, **kwargs: Any) -> None:
+            validate(loader, **kwargs)
+            found = getattr(model, "metric_results", {})  # with several processes, the first's
+            scores = [f"{found[name]:.4f}" if name in found else "-" for name in metrics]
+            rows.append([loader.dataset.opt["name"], str(len(loader.dataset)), *scores])
+
+        model.validation = validation
+        return model
+
+    replaced = {"build_dataloader": data.build_dataloader, "build_model": make_model}
+    with machine.exact_fp32():
+        compat.run_pipeline("test", opt, args, notes, **replaced)
+    if opt["rank"] == 0:
+        what = "images and log" if opt["val"]["save_img"] else "log"
+        print(f"{what}: {os.path.relpath(opt['path']['results_root'])}", file=sys.stderr)
+        width = max(len(row[0]) for row in rows)
+        for name, *cells in rows:
+            print(f"{name:{width}}" + "".join(f"  {cell:>8}" for cell in cells))
     return 0
 
 

@@ -46,6 +46,9 @@ def mlrn_here(monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["mlrn", *map(str, arguments)])
+        for handler in logging.getLogger("basicsr").handlers:
+            if type(handler) is logging.StreamHandler:  # has the stderr of an earlier test
+                handler.setStream(sys.stderr)
         try:
             code = mlrn_cli.main()
         except SystemExit as end:  # argparse

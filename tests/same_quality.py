@@ -27,7 +27,7 @@ def score(folder: Path, model: str, optimizer: str, seed: int, forced: list[str]
     checkpoint = f"path:pretrain_network_g=experiments/{name}/models/net_g_latest.pth"
     force = [f"name={name}", checkpoint]
     result = mlrn("test", "-opt", "test_MLRN.yml", "--force_yml", *force, cwd=folder)
-    found = re.search(r"psnr: (\S+)", result.stdout)
+    found = re.search(r"^\w+ +\d+ +(\d+\.\d+)", result.stdout, re.M)
     if not found:
         sys.exit(result.stdout)
     return float(found[1])

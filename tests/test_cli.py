@@ -47,12 +47,66 @@ def test_alone_it_tells_its_verbs(mlrn_here):
     assert code == 2 and err == "mlrn: no verb 'upscael'; did you mean upscale?\n"
 
 
-def test_help_imports_no_torch():
-    script = "import sys, mlrn_cli; sys.argv[1:] = ['-h']; mlrn_cli.main(); print(*sys.modules)"
+def test_help_and_lists_import_no_torch():
+    script = """
+import sys, mlrn_cli
+
+for arguments in ("-h", "options test_MLRN_x4", "weights"):
+    sys.argv[1:] = arguments.split()
+    assert mlrn_cli.main() == 0
+print(*sys.modules)
+"""
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
-    assert "mlrn_cli" in done.stdout and "torch" not in done.stdout.split()
+    assert "name: test_MLRN_x4\n" in done.stdout and "mlrn://NTIRE_x4" in done.stdout
+    assert not {"torch", "numpy", "basicsr"} & set(done.stdout.splitlines()[-1].split())
+
+
+def test_ctrl_c_while_torch_is_imported():
+    script = """
+import os, signal, sys, mlrn_cli
+
+class Interrupt:
+    def find_spec(name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt)
+sys.argv[1:] = ["profile", "MLRN"]
+mlrn_cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "mlrn: interrupted\n")
+
+
+@pytest.mark.parametrize("verb", mlrn_cli.VERBS)
+def test_examples_of_the_help_are_understood(verb, tmp_path, mlrn_here, monkeypatch):
+    """All are parsed; those of export and profile are run but for what takes long."""
+    code, text, _ = mlrn_here(verb, "--help")
+    examples = re.search(r"^examples:\n((?:  .+\n)+)", text, re.M)
+    assert code == 0 and (examples or verb in ("train", "test", "options", "weights", "demo"))
+    lines = examples[1].replace("\\\n", " ").splitlines() if examples else []
+    commands = [shlex.split(line) for line in lines]
+    assert all(command[:2] == ["mlrn", verb] for command in commands)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "options").symlink_to(REPOSITORY / "options")
+    torch.save(ARCH_REGISTRY.get("RLFN")(upscale=4).state_dict(), tmp_path / "rlfn_x4.pth")
+    for _, _, *arguments in commands:
+        parse(verb, arguments)
+        if verb == "profile" or "--ntire" in arguments:
+            extra = ["--no-runtime"] * (verb == "profile" and "--no-runtime" not in arguments)
+            code, _, err = mlrn_here(verb, *arguments, *extra)
+            assert code == 0, err
+
+
+def parse(verb: str, arguments: list[str]) -> None:
+    module = importlib.import_module(f"mlrn_arch.tools.{verb}")
+    parser = plugins.parser(f"mlrn {verb}", None)
+    module.add_arguments(parser)
+    parser.parse_args(arguments)
 
 
 @pytest.mark.slow
@@ -96,10 +150,7 @@ def test_commands_of_the_pages_are_understood(page):
         if verb in ("train", "test"):
             options.parse_args(verb, words)
             continue
-        module = importlib.import_module(f"mlrn_arch.tools.{verb}")
-        parser = plugins.parser(f"mlrn {verb}", None)
-        module.add_arguments(parser)
-        parser.parse_args(words)
+        parse(verb, words)
 
 
 def test_a_network_from_a_file_takes_part_everywhere(tmp_path, mlrn_here, monkeypatch):
@@ -133,7 +184,7 @@ def test_anothers_class_goes_before_ours(tmp_path, monkeypatch, capsys):
     (tmp_path / "own.py").write_text(OWN.format(name="SRCNN"))
     plugins.register([str(tmp_path / "own.py")])
     theirs = ARCH_REGISTRY.get("SRCNN")
-    assert theirs is not ours and "SRCNN is own's" in capsys.readouterr().err
+    assert theirs is not ours and "SRCNN: using own, not mlrn_arch" in capsys.readouterr().err
     ARCH_REGISTRY.register(ours)
     assert ARCH_REGISTRY.get("SRCNN") is theirs
     with pytest.raises(AssertionError, match="already registered"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -23,7 +24,7 @@ from mlrn_arch.errors import UserError
 from mlrn_arch.inference import backends
 
 TINY = {"num_feat": 8, "num_block": 1, "esa_feat": 4, "upscale": 2}
-SIZES = [(1, 9, 14), (3, 15, 33), (2, 20, 21), (1, 47, 38)]
+SIZES = [(1, 9, 14), (3, 15, 33), (2, 20, 21), (1, 47, 38), (1, 200, 16)]
 
 
 def make(network: type[nn.Module] = MLRN, seed: int = 0, **arguments) -> nn.Module:
@@ -64,7 +65,7 @@ def test_onnx_is_right_at_every_size_and_batch(export, trained, tmp_path):
     for batch, height, width in SIZES:
         x = torch.rand(batch, 3, height, width)
         (y,) = session.run(["output"], {"input": x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(y), trained(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(y), trained(x), rtol=0, atol=5e-5)
     (opset,) = pytest.importorskip("onnx").load("net.onnx").opset_import
     assert opset.version == 18
     file = (tmp_path / "net.onnx").read_bytes()
@@ -73,19 +74,18 @@ def test_onnx_is_right_at_every_size_and_batch(export, trained, tmp_path):
     assert build_network(json.loads(network_g)).img_range == 255
 
 
-def test_8_bit_images_are_those_of_rounding(export, trained, tmp_path, monkeypatch):
+def test_8_bit_images_are_those_of_rounding(export, trained, tmp_path):
+    """In ONNX Runtime, and in OpenVINO, which reads the same file."""
     if "openvino" not in backends.available():
         pytest.skip("OpenVINO is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    made, to_onnx = [], backends.to_onnx  # kept, to run the same export in ONNX Runtime too
-    monkeypatch.setattr(backends, "to_onnx", lambda *n: made.append(to_onnx(*n)) or made[0])
-    code, out, err = export("net.yml", "net.xml", "--uint8")
+    code, out, err = export("net.yml", "net.onnx", "--uint8")
     assert code == 0, err
-    assert "OpenVINO and PyTorch differ by at most" in out
+    assert "ONNX Runtime and PyTorch differ by at most" in out
     hint = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = backends.import_openvino().compile_model(str(tmp_path / "net.xml"), "CPU", hint)
-    session = onnxruntime.InferenceSession(made[0].SerializeToString())
+    compiled = backends.import_openvino().compile_model(str(tmp_path / "net.onnx"), "CPU", hint)
+    session = onnxruntime.InferenceSession("net.onnx")
     for batch, height, width in SIZES:
         image = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), np.uint8)
         y = trained(torch.from_numpy(image.transpose(0, 3, 1, 2) / 255).float()).double().numpy()
@@ -164,14 +164,14 @@ def test_an_export_that_computes_something_else_is_refused(export, trained, tmp_
     before = sorted(tmp_path.iterdir())
     code, _, err = export("net.yml", "net.onnx")
     assert code == 2
-    assert "in ONNX Runtime the network gives something else than in PyTorch" in err
+    assert re.search(r"ONNX Runtime and PyTorch differ by [\d.]+ for 1 image.s. of 37x23", err)
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("factor", [1 + 1e-3, float("nan")])
 def test_another_output_is_refused_and_nan_too(factor):
     network = make()
-    with pytest.raises(UserError, match="in Elsewhere the network gives something else"):
+    with pytest.raises(UserError, match="Elsewhere and PyTorch differ by"):
         backends.check("Elsewhere", lambda x: network(x) * factor, network)
 
 
@@ -181,14 +181,15 @@ def test_another_output_is_refused_and_nan_too(factor):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x5", "out.pth"], "no network is named 'x5'; there are MLRN_x2"),
+        (["x5", "out.pth"], "'x5'; there are the networks MLRN_x2"),
         (["nowhere.yml", "out.pth"], "there is no option file nowhere.yml here"),
-        (["net.yml", "out.pt"], "out.pt has none of the endings .onnx, .xml"),
-        (["net.yml", "net.pth"], "net.pth exists; give --overwrite"),
+        (["net.yml", "out.pt"], "out.pt has none of the endings .onnx, .safetensors"),
+        (["net.yml", "net.pth"], "net.pth exists; --overwrite replaces it"),
         (["net.yml", "sub", "--ntire", "7", "--overwrite"], "sub is a folder that exists already"),
         (["net.yml", "nowhere/out.pth"], "no such folder nowhere"),
-        (["net.yml", "out.pth", "--uint8"], "--uint8 is for .onnx and .xml"),
-        (["net.yml", "out.xml", "--opset", "18"], "--opset is for .onnx"),
+        (["net.yml", "out.pth", "--uint8"], "--uint8 and --opset are for .onnx"),
+        (["net.yml", "out.pth", "--opset", "18"], "--uint8 and --opset are for .onnx"),
+        (["net.yml", "out.pth", "--img-range", "-1"], "--img-range must be above 0, not -1"),
         (["net.yml", "out.onnx", "--ntire", "7"], "OUTPUT is a folder"),
         (["net.yml", "out", "--ntire", "0"], "team number from 1 to 99"),
         (["net.yml", "out.pth", "--weights", "no.pth"], "no such file no.pth"),
@@ -216,14 +217,14 @@ def test_a_missing_package_is_named_with_its_command(export, trained, monkeypatc
     )
     code, _, err = export("net.yml", "out.onnx")
     assert code == 2
-    assert "needs onnxscript, which this Python lacks; pip install onnxscript" in err
+    assert "needs onnxscript, not installed in this Python; pip install onnxscript" in err
     assert "onnxruntime" not in backends.available()
 
 
 # --- back ends ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", backends.NAMES)
+@pytest.mark.parametrize("backend", ["openvino", "torch"])  # test_upscale.py: ONNX Runtime
 def test_a_back_end_gives_what_pytorch_gives(backend):
     if backend not in backends.available():
         pytest.skip(f"{backend} is not installed")
@@ -252,15 +253,15 @@ def test_what_cannot_be_exported_runs_in_pytorch(capsys):
     others = [name for name in backends.available() if name != "torch"]
     assert capsys.readouterr().err.count("cannot run _ByValue") == len(others)
     if others:
-        with pytest.raises(UserError, match=f"{others[0]} cannot run _ByValue.*take .* torch"):
+        with pytest.raises(UserError, match=f"{others[0]} cannot run _ByValue.* torch can"):
             backends.load(_ByValue(), others[0])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "tensorrt"}, "no back end is named 'tensorrt'; there are openvino"),
-        ({"precision": "int8"}, "no precision is named 'int8'; there are auto"),
+        ({"backend": "tensorrt"}, "unknown back end 'tensorrt'; known are openvino"),
+        ({"precision": "int8"}, "unknown precision 'int8'; known are auto"),
         ({"backend": "onnxruntime", "precision": "bf16"}, "onnxruntime computes in fp32"),
     ],
 )
@@ -280,19 +281,44 @@ def test_fp16_is_left_where_it_overflows(monkeypatch, capsys):
         with torch.autocast("cpu", torch.float16):
             assert (network(x) - exact).abs().max() > 0.01  # which would not pass below
     torch.testing.assert_close(run(x), exact, rtol=0, atol=0.01)
-    told = "note: fp32 in place of fp16: the network computes in a range of 255\n"
-    assert capsys.readouterr().err == told
+    note = "note: fp32 instead of fp16: the network's image range is above 1\n"
+    assert capsys.readouterr().err == note
 
     loud = nn.Conv2d(3, 3, 1).eval().requires_grad_(False)
     loud.weight *= 1e6
     run = backends.load(loud, "torch", "cpu", "fp16")
     for _ in range(2):
         torch.testing.assert_close(run(x), loud(x))
-    told = "note: fp32 in place of fp16: the network's output is not finite\n"
-    assert capsys.readouterr().err == told
+    note = "note: fp32 instead of fp16: the network's output is not finite\n"
+    assert capsys.readouterr().err == note
     quiet = backends.load(make(), "torch", "cpu", "fp16")
     assert quiet(x).isfinite().all() and not torch.equal(quiet(x), make()(x))
     assert capsys.readouterr().err == ""
+
+
+class _Tf32(nn.Module):
+    """Notes what cuDNN may do to fp32 convolutions while it runs."""
+
+    allowed: list[object]
+
+    def forward(self, x):
+        self.allowed.append(tf32())
+        return x
+
+
+def tf32() -> object:
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_tf32_where_fp32_is_promised(precision):
+    """TF32 is cuDNN's default: for fp32, and for the layers that autocast leaves in fp32."""
+    _Tf32.allowed = []
+    before = tf32()
+    backends.load(_Tf32(), "torch", "cpu", precision)(torch.rand(1, 3, 40, 40))
+    assert _Tf32.allowed in (["ieee"], [False])
+    assert tf32() == before
 
 
 def test_devices_that_are_not_here():
@@ -334,11 +360,12 @@ def test_spandrel_knows_every_form(form, tmp_path):
     assert (found.scale, found.input_channels) == (network.upscale, form.get("num_in_ch", 3))
     assert found.output_channels == form.get("num_out_ch", 3)
     assert found.size_requirements.minimum == 15
+    assert found.supports_half == (network.img_range == 1)
     x = torch.rand(1, found.input_channels, 23, 18)
     assert torch.equal(found(x), network(x).clamp(0, 1))
     assert found(x[..., :7, :9]).shape[-2:] == (7 * network.upscale, 9 * network.upscale)
 
 
 def test_deduce_takes_only_what_is_of_mlrn():
-    with pytest.raises(ValueError, match="no weights of MLRN"):
+    with pytest.raises(ValueError, match="it is no MLRN"):
         checkpoints.deduce({"params": make(RLFN).state_dict()})

@@ -16,7 +16,10 @@ import pytest
 import torch
 from conftest import REPOSITORY, write_yaml
 from test_fast_model import batches, go_on, losses, train
+from torch.nn import functional as F
 
+from mlrn_arch import create_model
+from mlrn_arch.inference import backends
 from mlrn_arch.inference.upscaler import Upscaler
 
 pytestmark = pytest.mark.gpu
@@ -112,9 +115,9 @@ def test_the_prefetcher_changes_nothing(
     assert found[0] == pytest.approx(found[1], rel=1e-3) and len(found[0]) == 40
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
+@pytest.mark.parametrize("device", [CUDA])
 def test_one_process_of_torchrun(tmp_path, options, device):
-    """Over NCCL on a GPU, over gloo on a CPU; without a warning of how gradients lie."""
+    """Over NCCL; without a warning of how gradients lie."""
     options["train"]["total_iter"] = 4
     options["val"]["val_freq"] = 4
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
@@ -130,6 +133,20 @@ def test_one_process_of_torchrun(tmp_path, options, device):
     )
     assert done.returncode == 0 and sorted(losses(done.stdout)) == [1, 2, 3, 4], done.stdout
     assert "# psnr: " in done.stdout and "strides" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_first_and_last_layer_run_in_fp32(device, precision):
+    """Not in TF32, whose 11 bits would be off by about 1e-4 of the largest output."""
+    network, seen = create_model("MLRN_x4", pretrained=True), []
+    for layer in (network.conv_first, network.upsampler[0]):
+        layer.register_forward_hook(lambda *call: seen.append(call))
+    backends.load(network, "torch", device, precision)(torch.rand(1, 3, 64, 64))
+    for layer, (x,), y in seen:
+        exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+        assert (y - exact).abs().max() < 2e-6 * exact.abs().max()
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("device", [CUDA])

@@ -71,5 +71,9 @@ def test_test_pipeline_loads_a_published_plain_state_dict(tmp_path, test_options
             sr = tensor2img(network(lq))
         gt = cv2.imread(str(paired_data / "gt" / path.name))
         scores.append(calculate_psnr(sr, gt, crop_border=2, test_y_channel=True))
-    assert f"psnr: {sum(scores) / len(scores):.4f}" in result.stdout
+    table = [line.split() for line in result.stdout.splitlines()[-2:]]
+    mean = f"{sum(scores) / len(scores):.4f}"
+    assert table == [["set", "images", "psnr"], ["tiny_val", "8", mean]]
+    (log,) = (tmp_path / "results/tiny").glob("*.log")
+    assert "network_g:[" in log.read_text() and "network_g:[" not in result.stdout
     assert (tmp_path / "results/tiny").is_dir()

@@ -80,6 +80,9 @@ def test_a_set_is_scored_without_the_images_that_have_no_score(
             psnr.append(calculate_psnr(*pair, crop_border=2, test_y_channel=True))
         if path.stem != "tiny":
             ssim.append(calculate_ssim(*pair, crop_border=4, test_y_channel=True))
+    assert out.splitlines()[1].split() == [
+        "tiny_val", "10", f"{np.mean(psnr):.4f}", f"{np.mean(ssim):.4f}"
+    ]  # fmt: skip
     text = log.text
     assert f"# psnr: {np.mean(psnr):.4f}" in text and f"# ssim: {np.mean(ssim):.4f}" in text
     assert "psnr is not finite for lq/black.png (inf); the mean is that of the other 9" in text

@@ -1,4 +1,4 @@
-"""Ways to run a network quickly: OpenVINO, ONNX Runtime and PyTorch."""
+"""Back ends that run a network: OpenVINO, ONNX Runtime and PyTorch."""
 
 from __future__ import annotations
 
@@ -10,62 +10,79 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from mlrn_arch.archs.esa import ESA
 from mlrn_arch.errors import UserError, first_line
-from mlrn_arch.machine import DTYPES, choose_device, computes_in_bf16, missing, need
+from mlrn_arch.machine import (
+    DTYPES,
+    choose_device,
+    computes_in_bf16,
+    exact_fp32,
+    fits_fp16,
+    missing,
+    need,
+)
 from mlrn_arch.networks import input_channels
 
 if TYPE_CHECKING:
     import onnx
 
-# Quickest first, as measured on CPUs.
+# Fastest first, as measured on CPUs.
 PACKAGES = {
     "openvino": ["openvino"],
     "onnxruntime": ["onnxruntime", "onnx", "onnxscript"],  # the last two export to it
     "torch": ["torch"],
 }
 NAMES = tuple(PACKAGES)
-# Smaller images run in PyTorch: it takes no time there, and ESA has a branch for them.
-MIN_SIZE = 32
-# Of a back end's output in fp32 to PyTorch's, over the larger of 1 and its peak.
-TOLERANCE = 1e-5
-OPSET = 20  # the first with Gelu; written out it is five operators
+MIN_SIZE = 32  # smaller images run in PyTorch, where ESA has a branch for them
+# Allowed difference to PyTorch in fp32, over the larger of 1 and the output's peak.
+TOLERANCE = 0.05 / 255
+OPSET = 20  # the first with Gelu, which else becomes five operators
+
+
+@dataclass
+class Runner:
+    """A network that is ready to run: (n, c, h, w) in [0, 1] -> (n, c, h * s, w * s).
+
+    Takes any size and batch on any device, and returns float32 on the same device, not clamped.
+
+    Attributes:
+        backend: One of `NAMES`.
+        precision: One of `DTYPES`. May change from fp16 while it runs.
+        run: The network on the device of the back end.
+    """
+
+    backend: str
+    precision: str
+    run: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.run(x).to(x.device, torch.float32)
 
 
 def available() -> list[str]:
-    """The back ends that are installed here, the quickest on CPUs first."""
+    """The back ends that are installed here, the fastest on CPUs first."""
     return [name for name in NAMES if not missing(*PACKAGES[name])]
 
 
-# OpenVINO reports imports and conversions to its maker without asking, but not where CI is set.
-_UNREPORTED = mock.patch.dict(os.environ, CI="true")
-
-
-def import_openvino() -> ModuleType:
-    """Import OpenVINO without its telling anyone."""
-    with _UNREPORTED:
-        import openvino
-    return openvino
-
-
 def device_of(backend: str | None, device: str | torch.device | None) -> torch.device:
-    """Where a back end computes: on `device`, or if that is None on the GPU if it can.
+    """The device of a back end: `device`, or if that is None the GPU if the back end can use it.
 
     Raises:
         UserError: There is no such device, or the back end cannot use it.
     """
     only_cpu = backend not in (None, "torch")
-    device = choose_device("cpu" if device is None and only_cpu else device)
-    if only_cpu and device.type != "cpu":
-        raise UserError(f"{backend} runs on the CPU here; take the back end torch for {device}")
-    return device
+    found = choose_device("cpu" if device is None and only_cpu else device)
+    if only_cpu and found.type != "cpu":
+        raise UserError(f"{backend} runs on the CPU; use the back end torch for {found}")
+    return found
 
 
 def load(
@@ -73,139 +90,140 @@ def load(
     backend: str | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
-) -> Callable[[Tensor], Tensor]:
-    """Prepare a network for running; `network` itself is left as it is.
+) -> Runner:
+    """Prepare a copy of a network for running.
 
-    All but PyTorch run on the CPU here, and take seconds to prepare: a single small image is
-    done sooner with `torch`.
+    OpenVINO and ONNX Runtime run on the CPU and take seconds to prepare: for a single small image
+    `torch` is faster.
 
     Args:
         network: A super-resolution network: (n, c, h, w) in [0, 1] -> (n, c, h * s, w * s).
-        backend: One of `NAMES`; None takes the quickest at hand: on a GPU PyTorch, on the CPU
-            the first of `available()` that can run this network.
+        backend: One of `NAMES`. None means PyTorch on a GPU, and on the CPU the first of
+            `available()` that can run this network.
         device: As `device_of` takes it.
-        precision: `fp32`, `bf16`, `fp16`, or `auto`: fp16 on an NVIDIA GPU, on the CPU bf16 if it
-            computes in it, else fp32. ONNX Runtime has fp32 alone. In place of fp16 comes bf16 or
-            fp32, with a note, if the network computes in values above 1, or once its output is
-            not finite.
-
-    Returns:
-        A function: (n, c, h, w) in [0, 1] on any device -> (n, c, h * s, w * s), float32 on the
-        same device, not clamped; of any size and batch, under inference mode. Its attributes
-        `backend` and `precision` say what runs it; fp16 may give way while it runs.
+        precision: `fp32`, `bf16`, `fp16`, or `auto`: fp16 on an NVIDIA GPU, bf16 on a CPU that
+            computes in it, else fp32. ONNX Runtime has fp32 only. A network that may overflow
+            fp16, or whose output is not finite, runs in bf16 or fp32 instead, with a note.
 
     Raises:
-        UserError: No such back end, or it is not installed, or cannot run this network, on this
-            device, in this precision.
+        UserError: The back end is unknown, not installed, or cannot run this network on this
+            device in this precision.
     """
     if backend not in (None, *NAMES):
-        raise UserError(f"no back end is named {backend!r}; there are {', '.join(NAMES)}")
+        raise UserError(f"unknown back end {backend!r}; known are {', '.join(NAMES)}")
     if precision not in ("auto", *DTYPES):
-        raise UserError(f"no precision is named {precision!r}; there are auto, {', '.join(DTYPES)}")
+        raise UserError(f"unknown precision {precision!r}; known are auto, {', '.join(DTYPES)}")
     if backend is not None:
         need(f"the back end {backend}", *PACKAGES[backend])
-    device = device_of(backend, device)
+    target = device_of(backend, device)
     lower = precision not in ("auto", "fp32")
     if backend == "onnxruntime" and lower:
-        raise UserError(f"{backend} computes in fp32; {precision} needs openvino or torch")
+        raise UserError(f"onnxruntime computes in fp32; {precision} needs openvino or torch")
 
-    network = copy.deepcopy(network).to(device, torch.float32).eval().requires_grad_(False)
-    if precision == "auto" and device.type == "cuda":
+    network = copy.deepcopy(network).to(target, torch.float32).eval().requires_grad_(False)
+    if precision == "auto" and target.type == "cuda":
         precision = "fp16"
-    img_range = max(getattr(module, "img_range", 1) for module in network.modules())
-    if precision == "fp16" and img_range > 1:  # attention hides an overflow from the output
-        precision = _instead_of_fp16(f"the network computes in a range of {img_range:g}", device)
-    fallback = backend is None and device.type == "cpu"
-    for name in available() if fallback else [backend or "torch"]:
-        if name == "torch" or (name != "openvino" and lower):
+    if precision == "fp16" and not fits_fp16(network):
+        precision = _instead_of_fp16("the network's image range is above 1", target)
+    candidates = available() if backend is None and target.type == "cpu" else [backend or "torch"]
+    for name in candidates[:-1]:
+        if name == "onnxruntime" and lower:
             continue
         try:
-            if name == "openvino":
-                run = _openvino(network, precision)
-            else:
-                run = run_onnx(to_onnx(network).SerializeToString())
-                check("ONNX Runtime", run, network)
-        except Exception as error:  # an exporter may fail in any way
-            reason = f"{name} cannot run {type(network).__name__}: {first_line(error)}"
-            if not fallback:
-                raise UserError(f"{reason}; take the back end torch") from None
-            print(f"note: {reason}", file=sys.stderr)
-            continue
+            return _prepare(name, network, target, precision)
+        except UserError as error:
+            print(f"note: {error}", file=sys.stderr)
+    return _prepare(candidates[-1], network, target, precision)
 
-        def guarded(x: Tensor, run: Callable[[Tensor], Tensor] = run) -> Tensor:
-            with torch.inference_mode():
-                image = x.to("cpu", torch.float32).contiguous()
-                y = (network if min(x.shape[-2:]) < MIN_SIZE else run)(image)
-            return y.to(x.device)
 
-        guarded.backend = name
-        guarded.precision = getattr(run, "precision", "fp32")
-        return guarded
-    return _torch(network, device, precision)
+def _prepare(name: str, network: nn.Module, device: torch.device, precision: str) -> Runner:
+    if name == "torch":
+        return _torch(network, device, precision)
+    try:
+        if name == "openvino":
+            exported = _openvino(network, precision)
+        else:
+            exported = run_onnx(to_onnx(network).SerializeToString())
+            check("ONNX Runtime", exported, network)
+    except Exception as error:  # an exporter may fail in any way
+        kind = type(network).__name__
+        raise UserError(
+            f"{name} cannot run {kind}: {first_line(error)}; the back end torch can"
+        ) from None
+
+    def run(x: Tensor) -> Tensor:
+        image = x.to("cpu", torch.float32).contiguous()
+        return (network if min(x.shape[-2:]) < MIN_SIZE else exported)(image)
+
+    return Runner(name, exported.precision, run)
 
 
 def _instead_of_fp16(reason: str, device: torch.device) -> str:
     precision = "bf16" if computes_in_bf16(device.type) else "fp32"
-    print(f"note: {precision} in place of fp16: {reason}", file=sys.stderr)
+    print(f"note: {precision} instead of fp16: {reason}", file=sys.stderr)
     return precision
 
 
-def _torch(network: nn.Module, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:
-    # No torch.compile: on two CPU cores compiling takes 20 s, and OpenVINO is quicker after it.
+def _torch(network: nn.Module, device: torch.device, precision: str) -> Runner:
+    # No torch.compile: on two CPU cores it takes 20 s, and OpenVINO is faster even then.
     if precision == "auto":
         precision = "bf16" if device.type == "cpu" and computes_in_bf16() else "fp32"
     network = network.to(memory_format=torch.channels_last)
 
     def run(x: Tensor) -> Tensor:
-        nonlocal precision
-        # Autocast, for it leaves the bilinear branch and the sum with it in fp32: in bf16 they
-        # would round the output to 8 bits.
-        cast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
-        with torch.inference_mode(), cast:
+        # Autocast, not .to(bf16): the bilinear branch and its sum must stay in fp32.
+        dtype = DTYPES[runner.precision]
+        with exact_fp32(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             y = network(x.to(device, torch.float32, memory_format=torch.channels_last))
-        if precision == "fp16" and not y.isfinite().all():
-            precision = _instead_of_fp16("the network's output is not finite", device)
-            run.precision = precision
+        if runner.precision == "fp16" and not y.isfinite().all():
+            runner.precision = _instead_of_fp16("the network's output is not finite", device)
             return run(x)
-        return y.to(x.device, torch.float32)
+        return y
 
-    run.backend, run.precision = "torch", precision
-    return run
+    runner = Runner("torch", precision, run)
+    return runner
 
 
-def _openvino(network: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
+def import_openvino() -> ModuleType:
+    """Import OpenVINO without its telemetry."""
+    with quiet():
+        import openvino
+    return openvino
+
+
+def _openvino(network: nn.Module, precision: str) -> Runner:
     openvino = import_openvino()
-    with quiet(), torch.no_grad(), _UNREPORTED:
-        # Traced, not exported: a third of the time. `check` finds a size that the trace fixed.
+    channels = input_channels(network) or 3
+    with quiet(), torch.no_grad():
+        # Traced, not exported: three times as fast. `check` finds a size that the trace fixed.
         model = openvino.convert_model(
             network,
-            example_input=torch.zeros(1, (input_channels(network) or 3), MIN_SIZE, 2 * MIN_SIZE),
-            input=[-1, (input_channels(network) or 3), -1, -1],
+            example_input=torch.zeros(1, channels, MIN_SIZE, 2 * MIN_SIZE),
+            input=[-1, channels, -1, -1],
         )
-
     check("OpenVINO", run_openvino(model, "f32"), network)
     return run_openvino(model, {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}.get(precision))
 
 
-def run_openvino(model: Any, hint: str | None) -> Callable[[Tensor], Tensor]:
-    """A model of OpenVINO's, or its file, as a function; without a hint it chooses precision."""
+def run_openvino(model: Any, hint: str | None) -> Runner:
+    """Compile a model of OpenVINO or a file; without a hint OpenVINO chooses the precision."""
     config = {"INFERENCE_PRECISION_HINT": hint} if hint else {}
     compiled = import_openvino().compile_model(model, "CPU", config)
-
-    def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(compiled(x.numpy())[0])
-
     chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    run.precision = {"f32": "fp32", "f16": "fp16"}.get(chosen, chosen)
-    return run
+    precision = {"f32": "fp32", "f16": "fp16"}.get(chosen, chosen)
+    return Runner("openvino", precision, lambda x: torch.from_numpy(compiled(x.numpy())[0]))
 
 
-def run_onnx(model: bytes | str) -> Callable[[Tensor], Tensor]:
-    """A model of ONNX, or its file, as a function, by ONNX Runtime."""
+def run_onnx(model: bytes | str) -> Runner:
+    """Load an ONNX model or file into ONNX Runtime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(["output"], {"input": x.numpy()})[0])
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["output"], {"input": x.numpy()})[0])
+
+    return Runner("onnxruntime", "fp32", run)
 
 
 def check(
@@ -214,13 +232,13 @@ def check(
     network: nn.Module,
     shapes: Sequence[tuple[int, int, int]] = ((1, 3 * MIN_SIZE, MIN_SIZE),),
 ) -> str:
-    """Compare an exported network with PyTorch in fp32; returns a line that says how far it is.
+    """Compare an exported network with PyTorch in fp32; returns a line with the difference.
 
     Args:
-        where: What runs it, for the texts.
+        where: What runs it, for the messages.
         run: The exported network.
         network: The original, in evaluation mode, on the CPU; a `Uint8` may differ by 1 of 255.
-        shapes: Batch, height and width of random images; those that PyTorch refuses are left out.
+        shapes: Batch, height and width of random images. Sizes that PyTorch refuses are left out.
 
     Raises:
         UserError: They differ, or it does not run.
@@ -228,7 +246,7 @@ def check(
     generator = torch.Generator().manual_seed(0)
     exact, differences = not isinstance(network, Uint8), []
     for batch, height, width in shapes:
-        x = torch.rand(batch, (input_channels(network) or 3), height, width, generator=generator)
+        x = torch.rand(batch, input_channels(network) or 3, height, width, generator=generator)
         if not exact:
             x = (x.permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
         try:
@@ -239,12 +257,12 @@ def check(
         try:
             differences.append((run(x).float() - y.float()).abs().max().item())
         except Exception as error:  # each runtime refuses a graph or a size in its own way
-            raise UserError(f"{where} does not run the network: {first_line(error)}") from None
-        # Not `>`, which is false of NaN.
-        if not differences[-1] <= (TOLERANCE * max(1, y.abs().max()) if exact else 1):
+            raise UserError(f"{where} cannot run the network: {first_line(error)}") from None
+        allowed = TOLERANCE * max(1, y.abs().max().item()) if exact else 1
+        if not differences[-1] <= allowed:  # not `>`, which is false for NaN
             raise UserError(
-                f"in {where} the network gives something else than in PyTorch: a difference of "
-                f"{differences[-1]:.2g} for {batch} image(s) of {width}x{height}"
+                f"{where} and PyTorch differ by {differences[-1]:.2g} for {batch} image(s) of "
+                f"{width}x{height}, where {allowed:.2g} is allowed"
             )
     if not differences:
         raise UserError(f"PyTorch itself runs this network at none of the sizes {shapes}")
@@ -273,13 +291,13 @@ def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
     """Export a network to ONNX with batch, height and width left open.
 
     Args:
-        network: In evaluation mode, on the CPU; is left as it is. It takes (n, c, h, w), and a
-            `Uint8` (n, h, w, c).
+        network: In evaluation mode, on the CPU, not changed. Takes (n, c, h, w), or (n, h, w, c)
+            if it is a `Uint8`.
         opset: The version of ONNX's operators.
 
     Returns:
-        The model, its input called `input` and its output `output`. MLRN and the other networks
-        whose attention is ESA are right at every size.
+        The model, with the input `input` and the output `output`. Networks with ESA, such as
+        MLRN, are right at every size.
 
     Raises:
         UserError: onnx or onnxscript is not installed, or the network cannot be exported.
@@ -289,7 +307,7 @@ def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
     for module in network.modules():
         if isinstance(module, ESA):
             module.always_pad = True
-    x = torch.zeros(2, (input_channels(network) or 3), 40, 48)
+    x = torch.zeros(2, input_channels(network) or 3, 40, 48)
     # At least 21: up to 20 ESA's pooled map is one pixel wide, which torch.export specialises on.
     sizes = {0: torch.export.Dim("batch")}
     sizes[2], sizes[3] = (torch.export.Dim(side, min=21) for side in ("height", "width"))
@@ -298,7 +316,7 @@ def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
         sizes = {0: sizes[0], 1: sizes[2], 2: sizes[3]}
     try:
         with quiet(), torch.no_grad():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 network,
                 (x,),
                 dynamo=True,
@@ -326,12 +344,16 @@ def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to itself what tracers and exporters say to their developers."""
-    previous = logging.root.manager.disable
+    """Silence what tracers and exporters say, and OpenVINO's telemetry, which is off in CI."""
+    disabled, before = logging.root.manager.disable, os.environ.get("CI")
     logging.disable(logging.WARNING)
+    os.environ["CI"] = "true"
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(previous)
+        logging.disable(disabled)
+        os.environ.pop("CI")
+        if before is not None:
+            os.environ["CI"] = before

@@ -14,7 +14,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 from mlrn_arch import networks
 from mlrn_arch.errors import UserError
 from mlrn_arch.inherit import inherit_weights
-from mlrn_arch.machine import DTYPES
+from mlrn_arch.machine import DTYPES, exact_fp32
 from mlrn_arch.models.muon import Muon, inner_weights
 from mlrn_arch.models.resumable_model import ResumableModel
 
@@ -35,6 +35,8 @@ class FastSRModel(ResumableModel):
         train, val = opt.get("train") or {}, opt.get("val") or {}
         self.precision = train.get("precision", "fp32")
         self.val_precision = val.get("precision", "fp32")
+        if self.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False
         channels_last = train.get("channels_last", True)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.pending: list[tuple[int, torch.Tensor, list[str]]] = []
@@ -186,7 +188,7 @@ class FastSRModel(ResumableModel):
         training = net.training
         net.eval()
         try:
-            with torch.inference_mode(), self._autocast(self.val_precision):
+            with torch.inference_mode(), exact_fp32(), self._autocast(self.val_precision):
                 # Not through __call__: a compiled network would be compiled for every image size.
                 self.output = net.forward(self.lq).float()
         finally:

@@ -1,37 +1,32 @@
 """Write a network in another form; the ending of OUTPUT says which.
 
-.onnx          ONNX of any height, width and batch, checked in ONNX Runtime against PyTorch
-.xml           OpenVINO's form, with a .bin beside it, checked likewise
+.onnx          ONNX of any height, width and batch, compared with PyTorch in ONNX Runtime
 .safetensors   the weights, with the network's arguments as JSON under `network_g` in its header
-.pth           the weights alone as BasicSR loads them, `{"params": ...}`, and the arguments with
-               them: what one ships
+.pth           the weights as BasicSR loads them, `{"params": ...}`, and the network's arguments
 no ending      with --ntire: a folder for the NTIRE challenge on efficient super-resolution
 
-Of a checkpoint that holds EMA weights these are taken. Input and output of .onnx and .xml are
-called `input` and `output`: (n, 3, h, w) float RGB in [0, 1] -> (n, 3, h * scale, w * scale), not
-clamped. With --uint8 they are 8-bit RGB as decoders give it, (n, h, w, 3) in 0 .. 255, and scaling,
-clamping and rounding are inside.
+EMA weights are written if the checkpoint has them. The ONNX model maps `input`, (n, 3, h, w) float
+RGB in [0, 1], to `output`, (n, 3, h * scale, w * scale), not clamped. With --uint8 both are 8-bit
+RGB, (n, h, w, 3), and the model scales, clamps and rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import io
 import json
-import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mlrn_arch import checkpoints, networks, sources
+from mlrn_arch import checkpoints, sources
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.errors import UserError
+from mlrn_arch.files import atomic_write
 from mlrn_arch.inference import backends
 from mlrn_arch.inherit import inherit
 from mlrn_arch.machine import need
@@ -39,12 +34,11 @@ from mlrn_arch.version import __version__
 
 FORMS = {  # and the packages that each needs
     ".onnx": ["onnx", "onnxscript", "onnxruntime"],
-    ".xml": ["openvino", "onnx", "onnxscript"],
     ".safetensors": ["safetensors"],
     ".pth": [],
 }
-# Odd, low, and below what a plain export of ESA takes; then what every network takes.
-SHAPES = ((1, 23, 37), (3, 31, 22), (2, 16, 49), (1, 9, 14), (1, 48, 64), (2, 64, 32))
+# Odd, below ESA's 15 pixels, long and narrow, and sizes that every network takes.
+SHAPES = ((1, 23, 37), (3, 31, 22), (2, 16, 49), (1, 9, 14), (1, 300, 20), (1, 48, 64), (2, 64, 32))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,16 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("network", metavar="NETWORK", help="such as x4 or an option file; see below")
     add("output", type=Path, metavar="OUTPUT", help=f"a file ({', '.join(FORMS)}), or a folder")
     add("--weights", metavar="FILE", help="a checkpoint in place of the network's own")
-    add("--uint8", action="store_true", help="8-bit images in and out (.onnx and .xml)")
+    add("--uint8", action="store_true", help="8-bit images in and out (.onnx)")
     add("--opset", type=int, metavar="N", help="of ONNX (default: 20, the first that has GELU)")
     add("--ntire", type=int, metavar="TEAM", help="the challenge's number of your team")
-    add(
-        "--img-range",
-        type=float,
-        metavar="RANGE",
-        help="the same function by an MLRN that computes in this image range: 1 after training in "
-        "RLFN's 255",
-    )
+    add("--img-range", type=float, metavar="RANGE", help="convert an MLRN to this image range")
     add("--overwrite", action="store_true", help="replace a file OUTPUT that exists")
     parser.epilog = f"""examples:
   mlrn export x4 mlrn_x4.onnx
@@ -76,73 +64,65 @@ def run(args: argparse.Namespace) -> None:
     """Write the file or the folder, and print what it is.
 
     Raises:
-        UserError: Arguments contradict each other, the network or its weights cannot be had, a
-            package is missing, the network cannot be exported, or computes something else then.
+        UserError: Arguments contradict each other, the network or its weights cannot be loaded, a
+            package is missing, or the network cannot be exported or then differs from PyTorch.
     """
-    form = args.output.suffix
+    output, form = args.output, args.output.suffix
     if args.ntire is None and form not in FORMS:
-        raise UserError(f"{args.output} has none of the endings {', '.join(FORMS)}")
+        raise UserError(f"{output} has none of the endings {', '.join(FORMS)}")
     if args.ntire is not None and (form in FORMS or not 0 < args.ntire < 100):
         raise UserError("--ntire takes a team number from 1 to 99, and OUTPUT is a folder then")
-    if args.uint8 and form not in (".onnx", ".xml"):
-        raise UserError("--uint8 is for .onnx and .xml, which hold the computation")
-    if args.opset is not None and form != ".onnx":
-        raise UserError("--opset is for .onnx")
-    outputs = [args.output, args.output.with_suffix(".bin")][: 2 if form == ".xml" else 1]
-    for output in outputs:
-        if output.is_dir():
-            raise UserError(f"{output} is a folder that exists already; give another name")
-        if output.exists() and not args.overwrite:
-            raise UserError(f"{output} exists; give --overwrite to replace it, or another name")
-    if not args.output.absolute().parent.is_dir():
-        raise UserError(f"cannot write {args.output}: no such folder {args.output.parent}")
+    if (args.uint8 or args.opset is not None) and form != ".onnx":
+        raise UserError("--uint8 and --opset are for .onnx")
+    if args.img_range is not None and not args.img_range > 0:
+        raise UserError(f"--img-range must be above 0, not {args.img_range:g}")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder that exists already; choose another name")
+    if output.exists() and not args.overwrite:
+        raise UserError(f"{output} exists; --overwrite replaces it, or choose another name")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"cannot write {output}: no such folder {output.parent}")
     need(f"writing {form}", *FORMS.get(form, []))
 
     network, network_g = sources.load(args.network, args.weights)
     if args.img_range is not None:
         if not isinstance(network, MLRN):
             raise UserError(f"--img-range is for MLRN, not for {type(network).__name__}")
-        network_g = {**network_g, "img_range": args.img_range}
-        trained, (network, _) = network, networks.build(network_g)
-        inherit(network.eval().requires_grad_(False), trained.state_dict(), trained.img_range)
-    try:  # beside the output, to become it only when all of it is there
-        with tempfile.TemporaryDirectory(
-            dir=args.output.absolute().parent, prefix=".export_"
-        ) as folder:
-            _write(args, network, network_g, Path(folder, args.output.name))
-            for made in sorted(Path(folder).iterdir()):
-                os.replace(made, args.output.with_name(made.name))
+        network, network_g = _converted(network, {**network_g, "img_range": args.img_range})
+    try:
+        with atomic_write(output) as part:
+            if args.ntire is not None:
+                _write_ntire(network, network_g, args.ntire, part)
+            elif form == ".onnx":
+                network = backends.Uint8(network) if args.uint8 else network
+                print(_write_onnx(network, network_g, args.opset or backends.OPSET, part))
+            elif form == ".safetensors":
+                from safetensors.torch import save_file
+
+                state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+                save_file(state, part, {"format": "pt", "network_g": json.dumps(network_g)})
+            else:
+                torch.save({"params": checkpoints.note(network.state_dict(), network_g)}, part)
     except OSError as error:
-        raise UserError(f"cannot write {args.output}: {error.strerror or error}") from None
-    for output in outputs:
-        if output.is_file():
-            print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
-    if args.ntire is not None:
-        print(f"wrote {args.output}; {args.output / 'select_model.txt'} goes into test_demo.py")
-
-
-def _write(
-    args: argparse.Namespace, network: nn.Module, network_g: dict[str, Any], file: Path
-) -> None:
-    if args.ntire is not None:
-        _ntire(network, network_g, args.ntire, file)
-    elif file.suffix in (".onnx", ".xml"):
-        network = backends.Uint8(network) if args.uint8 else network
-        model = backends.to_onnx(network, args.opset or backends.OPSET)
-        print((_onnx if file.suffix == ".onnx" else _openvino)(model, network, network_g, file))
-    elif file.suffix == ".safetensors":
-        from safetensors.torch import save
-
-        header = {"format": "pt", "network_g": json.dumps(network_g)}
-        state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-        file.write_bytes(save(state, header))
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from None
+    if args.ntire is None:
+        print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
     else:
-        torch.save({"params": checkpoints.note(network.state_dict(), network_g)}, file)
+        print(f"wrote {output}; {output / 'select_model.txt'} goes into test_demo.py")
 
 
-def _onnx(model: Any, network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
+def _converted(trained: MLRN, network_g: dict[str, Any]) -> tuple[MLRN, dict[str, Any]]:
+    """The same function by an MLRN of another image range."""
+    network = MLRN(**{key: value for key, value in network_g.items() if key != "type"})
+    network.eval().requires_grad_(False)
+    inherit(network, trained.state_dict(), trained.img_range)
+    return network, network_g
+
+
+def _write_onnx(network: nn.Module, network_g: dict[str, Any], opset: int, file: Path) -> str:
     import onnx
 
+    model = backends.to_onnx(network, opset)
     model.producer_name, model.producer_version = "mlrn_arch", __version__
     onnx.helper.set_model_props(model, {"network_g": json.dumps(network_g)})
     onnx.checker.check_model(model, full_check=True)
@@ -150,16 +130,7 @@ def _onnx(model: Any, network: nn.Module, network_g: dict[str, Any], file: Path)
     return backends.check("ONNX Runtime", backends.run_onnx(str(file)), network, SHAPES)
 
 
-def _openvino(model: Any, network: nn.Module, network_g: dict[str, Any], file: Path) -> str:
-    openvino = backends.import_openvino()
-    # Not convert_model, which would report its use to its maker without asking.
-    converted = openvino.Core().read_model(io.BytesIO(model.SerializeToString()))
-    converted.set_rt_info(json.dumps(network_g), ["network_g"])
-    openvino.save_model(converted, file, compress_to_fp16=False)
-    return backends.check("OpenVINO", backends.run_openvino(str(file), "f32"), network, SHAPES)
-
-
-def _ntire(network: nn.Module, network_g: dict[str, Any], team: int, folder: Path) -> None:
+def _write_ntire(network: nn.Module, network_g: dict[str, Any], team: int, folder: Path) -> None:
     """Write the files in the naming of the challenge's repository, whose test_demo.py loads them.
 
     Source: github.com/ofsoundof/NTIRE2023_ESR.

@@ -139,7 +139,7 @@ def _measure(
     faults: list[str] = []
     runs: list[tuple[int, str, Callable[[], Any]]] = []  # index of a network, name of the way
     torch.backends.cudnn.benchmark = True  # as BasicSR
-    with torch.inference_mode():
+    with torch.inference_mode(), machine.exact_fp32():
         for index, (network, shape, row) in enumerate(subjects):
             try:
                 network.to(device, dtype)

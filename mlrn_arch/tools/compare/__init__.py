@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--visual", metavar="IMAGE", help="draw the crops of this test image, such as Set14/ppt3")
     add("--crop", type=int, nargs=4, metavar=("X", "Y", "W", "H"), help="crop in the HR image")
     add("--force_yml", **options.FORCE_YML, help="as for `mlrn test`, for all networks")
-    parser.epilog = f"""example:
+    parser.epilog = f"""examples:
   mlrn compare x4 options/test_MLRN_x4.yml:net.pth EDSR:num_in_ch=3,num_out_ch=3:EDSR_x4.pth Bicubic
   mlrn compare --visual Set14/ppt3 --crop 60 400 96 64 x4 Bicubic
 
