@@ -9,18 +9,18 @@ import math
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.machine import need
-from mlrn_arch.shipped import FOLDER, PREFIX
+from mlrn_arch.shipped import PREFIX, info
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 StateDict = dict[str, torch.Tensor]
 EMA = "params_ema"  # these weights are validated, so they are the default everywhere
+PARAM_KEY = "path:param_key_g"
 WRAPPERS = r"^(module\.|_orig_mod\.)+|_orig_mod\."
 
 
@@ -32,25 +32,23 @@ def resolve(path: str) -> str:
     """
     if not path.startswith(PREFIX):
         return os.path.expanduser(path)
-    file = FOLDER / f"MLRN_{path.removeprefix(PREFIX).removeprefix('MLRN_')}.pth"
-    if not file.is_file():
-        known = ", ".join(sorted(f"{PREFIX}{f.stem[5:]}" for f in FOLDER.glob("*.pth")))
-        raise UserError(f"no shipped checkpoint is named {path}; there are {known}")
-    return str(file)
+    try:
+        return info(path)["file"]
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def read(path: str) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU as it is; the last ones read are kept.
+    """Load a checkpoint onto the CPU as it is: a `torch.save` or safetensors file, or mlrn://NAME.
 
-    Args:
-        path: A file that `torch.save` wrote, a safetensors file by its ending, or mlrn://NAME.
+    The last files are kept, so that who needs one again need not read it again.
 
     Raises:
         UserError: No such file, or it is no checkpoint.
     """
-    file = resolve(path)
-    safe = file.endswith(".safetensors")
-    if safe:
+    file, kind = resolve(path), "PyTorch checkpoint"
+    if file.endswith(".safetensors"):
+        kind = "safetensors file"
         need(f"reading {path}", "safetensors")
     try:
         status = os.stat(file)
@@ -59,9 +57,8 @@ def read(path: str) -> dict[str, Any]:
         raise UserError(f"no such file {path}") from None
     except Exception as error:  # torn, foreign or unsafe: torch reports these in many ways
         # What unpickling found comes after advice to load the file unsafely.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-        reason = (reason or first_line(error)).splitlines()[0].split(". ")[0]
-        kind = "safetensors file" if safe else "PyTorch checkpoint"
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or first_line(error)
+        reason = reason.splitlines()[0].split(". ")[0]
         raise UserError(f"{path} is no whole {kind} ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds no state dict; give a checkpoint of the network")
@@ -86,12 +83,12 @@ def state_dict(
     path: str = "the checkpoint",
     notes: list[str] | None = None,
 ) -> StateDict:
-    """The weights in a checkpoint, by the one rule of all verbs: `key`, else the EMA weights.
+    """The weights in a checkpoint: those under `key`, else the EMA weights. All verbs go by this.
 
     Args:
         checkpoint: `{"params": ..., "params_ema": ...}` as BasicSR saves it, a bare state dict, or
-            a state dict under any one key (`state_dict`, `model`, ...). `module.` (DataParallel)
-            and `_orig_mod.` (torch.compile) are taken off the names.
+            a state dict under any one key. `module.` (DataParallel) and `_orig_mod.`
+            (torch.compile) are taken off the names.
         key: `path:param_key_g`. As in BasicSR, a file without this key gives its `params`.
         path: The file's name, for messages.
         notes: Gets a line for each choice that was made.
@@ -100,36 +97,32 @@ def state_dict(
         UserError: It holds no state dict, several under unknown keys, NaN or infinity.
     """
     notes = [] if notes is None else notes
+    kinds = [name for name, value in checkpoint.items() if _is_state(value)]
     taken = next((k for k in (key or EMA, "params", EMA) if k in checkpoint), None)
-    inner = {name: state for name, state in checkpoint.items() if _is_state(state)}
     if taken is None and not _is_state(checkpoint):
-        if len(inner) > 1:
-            raise UserError(
-                f"{path} holds the weights {', '.join(map(str, inner))}; choose by path:param_key_g"
-            )
-        taken = next(iter(inner), None)
-    elif taken is not None and len(inner) > 1:
-        notes.append(f"{path}: took {taken}; path:param_key_g chooses among {', '.join(inner)}")
+        if len(kinds) > 1:
+            raise UserError(f"{path} holds the weights {', '.join(kinds)}; choose by {PARAM_KEY}")
+        taken = next(iter(kinds), None)
+    elif len(kinds) > 1:
+        notes.append(f"{path}: took {taken}; {PARAM_KEY} chooses among {', '.join(kinds)}")
     state = checkpoint if taken is None else checkpoint[taken]
     if not _is_state(state):
         raise UserError(f"{path} holds no state dict; give a checkpoint of the network")
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(
-                f"{path}: {name} holds NaN or infinity, so its training had diverged; take an "
-                "earlier checkpoint"
-            )
+            raise UserError(f"{path}: {name} holds NaN or infinity; take an earlier checkpoint")
     bare = OrderedDict((re.sub(WRAPPERS, "", name), tensor) for name, tensor in state.items())
     if bare.keys() == state.keys():
         return state
     notes.append(f"{path}: took module. or _orig_mod. off the names of the tensors")
-    bare._metadata = getattr(state, "_metadata", {})
+    vars(bare)["_metadata"] = getattr(state, "_metadata", {})
     return bare
 
 
 def _is_state(value: Any) -> bool:
-    tensors = isinstance(value, dict) and [isinstance(v, torch.Tensor) for v in value.values()]
-    return bool(tensors) and all(tensors)
+    if not isinstance(value, dict):
+        return False
+    return bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
 
 
 def load(
@@ -138,24 +131,21 @@ def load(
     key: str | None = None,
     strict: bool = True,
     arguments: dict[str, Any] | None = None,
-    where: str = "network_g",
     convert: bool = True,
 ) -> list[str]:
-    """Load a checkpoint into a network: the one place through which all weights go.
-
-    An MLRN whose noted image range is not the network's is converted; it computes the same.
+    """Load a checkpoint into a network. All weights go through here.
 
     Args:
         network: Changed in place.
         path, key: As `read` and `state_dict` take them.
-        strict: Whether all tensors must be there; those that are must fit in any case.
+        strict: Whether all tensors must be there. Those that are must fit in any case.
         arguments: The network's, as `networks.build` returns them, to compare with what the
-            checkpoint notes; without them only the image range is compared.
-        where: The network's section, for messages.
-        convert: Whether another image range is converted, not refused.
+            checkpoint notes. Without them only the image range is compared.
+        convert: Whether MLRN's weights of another image range are converted, to the same function
+            of the network's own range, or refused.
 
     Returns:
-        What a user should know: a line for each choice, conversion and tensor left out.
+        A line for each choice, conversion and tensor left out.
 
     Raises:
         UserError: No such checkpoint, or it is not of this network.
@@ -163,57 +153,62 @@ def load(
     notes: list[str] = []
     state, own = state_dict(read(path), key, path, notes), network.state_dict()
     kind = type(network).__name__
-    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    shapes = [
+
+    def listed(names: list[str]) -> str:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        return ", ".join(names[:4]) + more
+
+    parts = []
+    if missing := [k for k in own if k not in state]:
+        parts.append(f"it lacks {listed(missing)}")
+    if extra := [k for k in state if k not in own]:
+        parts.append(f"the network has no {listed(extra)}")
+    fits = not (parts and strict) and (len(missing) < len(own) or not own)
+    if shapes := [
         f"{k} ({tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the network)"
         for k in own
         if k in state and state[k].shape != own[k].shape
-    ]
-    parts = [f"it lacks {_some(missing)}"] * bool(missing)
-    parts += [f"the network has no {_some(extra)}"] * bool(extra)
-    if shapes or (parts and (strict or len(missing) == len(own))):
-        parts += [f"other shapes: {_some(shapes)}"] * bool(shapes)
+    ]:
+        parts.append(f"other shapes: {listed(shapes)}")
+    if shapes or not fits:
         raise UserError(f"{path} is not a checkpoint of this {kind}: {'; '.join(parts)}")
-    notes += [f"{path} does not fit whole (strict_load is false): {'; '.join(parts)}"] * bool(parts)
+    if parts:
+        notes.append(f"{path} does not fit whole (strict_load is false): {'; '.join(parts)}")
 
     ours = arguments or {"img_range": getattr(network, "img_range", None)}
     parameters = inspect.signature(type(network)).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    theirs = {**defaults, **noted(state)}
+    theirs = {p.name: p.default for p in parameters if p.default is not p.empty} | noted(state)
     differing = [k for k in ours if _plain(ours[k]) != _plain(theirs.get(k, ours[k]))]
     if theirs.get("type") != kind:  # nothing is noted
         differing = []
     convert = convert and kind == "MLRN" and "img_range" in differing
     if convert:
         differing.remove("img_range")
-    if differing and strict:
-        # Tensors of the same shapes fit all the same; the scores would be nonsense.
+    if differing and strict:  # though the tensors fit: the output would be nonsense
         its, has = (", ".join(f"{k}: {of[k]}" for k in differing) for of in (theirs, ours))
-        raise UserError(f"{path} is of a network with {its}, and {where} has {has}")
+        raise UserError(f"{path} is of a network with {its}, and this one has {has}")
     network.load_state_dict(state, strict=strict)
     if convert:
         convert_range(network, theirs["img_range"])
-        notes.append(
-            f"{path}: converted from img_range {theirs['img_range']:g} to {ours['img_range']:g}"
-        )
+        ranges = f"{theirs['img_range']:g} to {ours['img_range']:g}"
+        notes.append(f"{path}: converted from img_range {ranges}")
     return notes
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def _plain(value: Any) -> Any:
-    """A value without the difference of tuples and lists, which YAML and JSON do not know."""
+    """A value with lists for tuples, which YAML and JSON do not know."""
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 @torch.no_grad()
-def convert_range(network: torch.nn.Module, img_range: float) -> None:
-    """Make weights of an MLRN that belong to `img_range` the same function in the network's own."""
-    network.conv_first.weight *= img_range / network.img_range
-    for parameter in network.upsampler[0].parameters():
-        parameter *= network.img_range / img_range
+def convert_range(network: torch.nn.Module, img_range: Any) -> None:
+    """Make MLRN's weights, which belong to `img_range`, the same function in its own range."""
+    ratio = img_range / network.img_range
+    for name, parameter in network.named_parameters():
+        if name == "conv_first.weight":
+            parameter.mul_(ratio)
+        elif name.startswith("upsampler."):
+            parameter.div_(ratio)
 
 
 def note(state: StateDict, network_g: dict[str, Any]) -> OrderedDict:
@@ -222,10 +217,9 @@ def note(state: StateDict, network_g: dict[str, Any]) -> OrderedDict:
     PyTorch keeps the versions of modules in a state dict's `_metadata`. What lies beside them
     there is saved and loaded too, and strict loading ignores it.
     """
-    copy = OrderedDict(state)
-    before = getattr(state, "_metadata", {})
+    copy, before = OrderedDict(state), getattr(state, "_metadata", {})
     root = {"version": 1, **before.get("", {}), "network_g": dict(network_g)}
-    copy._metadata = {**before, "": root}
+    vars(copy)["_metadata"] = {**before, "": root}
     return copy
 
 
@@ -241,14 +235,11 @@ def deduce(checkpoint: dict[str, Any], path: str = "the checkpoint") -> dict[str
     most arguments. `act` and `bilinear` are the defaults then, and `img_range` is 255 for the
     challenge's form (50 features, 4 blocks) and 1 for all others.
 
-    Args:
-        checkpoint, path: As `state_dict` takes them.
-
     Returns:
         A section `network_g`: `type`, and the arguments of the network.
 
     Raises:
-        ValueError: It says nothing and is not MLRN's.
+        ValueError: It notes nothing and is not MLRN's.
     """
     state = state_dict(checkpoint, path=path)
     if network_g := noted(state):

@@ -283,7 +283,7 @@ def _check_network(opt: Options, key: str, state: str | None) -> Iterator[str]:
     if path is None:
         return
     try:
-        checkpoints.load(network, path, *how, values, key, convert=not resumed)
+        checkpoints.load(network, path, *how, values, convert=not resumed)
     except UserError as error:
         yield f"{where}: {error}"
         return

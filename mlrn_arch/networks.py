@@ -80,8 +80,9 @@ def input_channels(network: torch.nn.Module, arguments: Options | None = None) -
         arguments: Those of the network, if they are known. Its first convolution may see more
             channels, behind a pixel-unshuffle.
     """
+    arguments = arguments or {}
     for key in ("num_in_ch", "in_chans", "in_channels", "input_channels"):
-        if key in (arguments or {}):
+        if key in arguments:
             return arguments[key]
     if isinstance(network, OnTile):
         return network.channels

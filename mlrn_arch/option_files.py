@@ -46,16 +46,12 @@ def load_yaml(path: str) -> Options:
         raise UserError(f"cannot read the option file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not an option file: it is not text ({error.reason})") from None
-    except yaml.constructor.ConstructorError as error:
-        raise UserError(
-            f"{path}, line {error.problem_mark.line + 1}: {error.problem}; an option file holds "
-            "plain values only (a Python tag could run code), write the value itself"
-        ) from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", error)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", error)
-        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
+        if isinstance(error, yaml.constructor.ConstructorError):
+            reason = f"{reason}; write the plain value, for a Python tag could run code"
+        raise UserError(f"{path}{line}: not valid YAML: {reason}") from None
     if not isinstance(opt, dict):
         raise UserError(f"{path} is not an option file: it has no `key: value` lines")
     plugins.register(opt.get("import") or [])

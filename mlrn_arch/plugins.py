@@ -44,10 +44,12 @@ def register(sources: str | Sequence[str]) -> None:
         elif path.suffix == ".py":
             raise UserError(f"import {source}: no such file")
         try:
-            file = Path(importlib.import_module(name).__file__ or "")
+            imported = importlib.import_module(name).__file__
         except Exception as error:  # it may fail in any way
             raise UserError(
                 f"import {source}: {type(error).__name__}: {first_line(error)}"
             ) from None
-        if path.exists() and path not in (file, file.parent):
-            raise UserError(f"import {source}: {file} has the same name; rename one of them")
+        if imported is None:
+            raise UserError(f"import {source}: a folder needs an __init__.py that registers")
+        if path.exists() and path not in (Path(imported), Path(imported).parent):
+            raise UserError(f"import {source}: {imported} has the same name; rename one of them")

@@ -36,22 +36,13 @@ path:param_key_g of FILE.yml says otherwise."""
 
 @dataclass
 class Source:
-    """A network that a user named.
+    """A network that a user named, and how its option file loads the checkpoint."""
 
-    Attributes:
-        name: As it was named, without the checkpoint.
-        network_g: Its section of an option file.
-        checkpoint: The file of its weights, or None.
-        file: The option file it came from, or None.
-        scale: Output size over input size, as far as it is known.
-        param_key, strict: How the option file loads its checkpoint.
-    """
-
-    name: str
+    name: str  # as it was named, without the checkpoint
     network_g: Options
     checkpoint: str | None = None
-    file: str | None = None
-    scale: int | None = None
+    file: str | None = None  # the option file it came from
+    scale: int | None = None  # output size over input size, as far as it is known
     param_key: str | None = None
     strict: bool = True
 
@@ -81,8 +72,8 @@ def find(source: str | None, weights: str | None = None, upscale: int = 4) -> So
     name, checkpoint = split(source) if source is not None else (None, None)
     checkpoint = weights or checkpoint
     if name is None or (name.endswith(checkpoints.SUFFIXES) and not checkpoint):
-        path = checkpoint or name or ""
-        return _of_checkpoint(name or path, path)
+        file = checkpoint or name or ""
+        return _of_checkpoint(name or file, file)
     if f"MLRN_{name.removeprefix(PREFIX).removeprefix('MLRN_')}" in names():
         shipped = info(name)
         network_g, scale = shipped["network_g"], shipped["network_g"]["upscale"]
@@ -92,20 +83,15 @@ def find(source: str | None, weights: str | None = None, upscale: int = 4) -> So
         if found.scale != scale:
             raise UserError(f"{checkpoint} is of an x{found.scale} network, not x{scale}")
         return found
-    if name.lower().endswith((".yml", ".yaml")) or name.removeprefix(PREFIX) in option_files():
+    shipped_file = name.startswith(PREFIX) and name.removeprefix(PREFIX) in option_files()
+    if shipped_file or name.lower().endswith((".yml", ".yaml")):
         opt = load_yaml(name)
         if not isinstance(opt.get("network_g"), dict):
             raise UserError(f"{name} has no section network_g, so there is no network in it")
-        paths = opt.get("path") or {}
-        return Source(
-            name,
-            opt["network_g"],
-            checkpoint or paths.get("pretrain_network_g"),
-            name,
-            opt.get("scale"),
-            paths.get("param_key_g"),
-            paths.get("strict_load_g", True),
-        )
+        path, network_g = opt.get("path") or {}, opt["network_g"]
+        how = path.get("param_key_g"), path.get("strict_load_g", True)
+        checkpoint = checkpoint or path.get("pretrain_network_g")
+        return Source(name, network_g, checkpoint, name, opt.get("scale"), *how)
     if name.startswith(PREFIX) or re.fullmatch(r"x\d+", name):
         raise UserError(
             f"nothing that comes with the package is named {name!r}; there are the networks "
@@ -119,13 +105,9 @@ def find(source: str | None, weights: str | None = None, upscale: int = 4) -> So
 def load(
     source: str | Source | None, weights: str | None = None
 ) -> tuple[torch.nn.Module, Options]:
-    """Build a network with its weights; what was chosen or converted goes to stderr.
+    """Build a network, in evaluation mode on the CPU, with its weights; and its `network_g`.
 
-    Args:
-        source, weights: As `find` takes them, or what it returned.
-
-    Returns:
-        The network, in evaluation mode on the CPU, and its section `network_g`.
+    Takes what `find` takes, or what it returned. Choices and conversions are told on stderr.
 
     Raises:
         UserError: There is no such network, or its weights are missing or another's.
@@ -143,13 +125,7 @@ def load(
 
 
 def load_teacher(source: str, upscale: int) -> torch.nn.Module:
-    """Load a network of any kind: one of `FORMS`, or a checkpoint that spandrel knows.
-
-    Args:
-        source, upscale: As `find` takes them.
-
-    Returns:
-        The network, in evaluation mode on the CPU: (n, 3, h, w) in [0, 1] -> as it enlarges.
+    """Load a network for RGB in [0, 1]: one of `FORMS`, or a checkpoint that spandrel knows.
 
     Raises:
         UserError: There is no such network, or neither BasicSR nor spandrel can load it.
@@ -185,8 +161,7 @@ class _Described(torch.nn.Module):
 
 
 def _by_name(text: str, upscale: int) -> Options:
-    """`NAME` or `NAME:ARG=VALUE,ARG=VALUE` as a section network_g, with its scale, and with the
-    window size, which `SwinIRModel` reads."""
+    """`NAME:ARG=VALUE` as a section network_g with its scale, and the window for `SwinIRModel`."""
     kind, _, arguments = text.partition(":")
     try:
         section = {**parse("{" + arguments.replace("=", ": ") + "}")}

@@ -1,8 +1,4 @@
-"""MLRN for spandrel, the library with which chaiNNer and others load networks.
-
-`install()` once, and `spandrel.ModelLoader` knows MLRN's checkpoints. Not imported by the package
-itself, for it needs spandrel.
-"""
+"""MLRN for spandrel, which chaiNNer and others load networks with: call `install()` once."""
 
 from __future__ import annotations
 

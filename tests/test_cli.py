@@ -173,6 +173,9 @@ def test_a_network_from_a_file_takes_part_everywhere(tmp_path, mlrn_here, monkey
     with pytest.raises(UserError, match="import broken.py: ZeroDivisionError"):
         plugins.register("broken.py")
     (tmp_path / "broken.py").rename(tmp_path / "torch.py")
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(UserError, match="import plain: a folder needs an __init__.py"):
+        plugins.register("plain")
     with pytest.raises(UserError, match="import torch.py: .* has the same name"):
         plugins.register("torch.py")
 

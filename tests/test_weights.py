@@ -46,7 +46,7 @@ def test_unknown_name_in_option_file(tmp_path, test_options, mlrn_here):
     test_options["path"]["pretrain_network_g"] = "mlrn://x5"
     code, _, err = mlrn_here("test", "-opt", write_yaml(tmp_path / "t.yml", test_options))
     assert code == 2
-    assert "path:pretrain_network_g: no shipped checkpoint is named mlrn://x5; there are" in err
+    assert "path:pretrain_network_g: no network is named 'x5'; there are" in err
 
 
 def test_another_image_range_is_converted(capsys):
