@@ -48,7 +48,7 @@ def mlrn_here(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["mlrn", *map(str, arguments)])
         for handler in logging.getLogger("basicsr").handlers:
             if type(handler) is logging.StreamHandler:  # has the stderr of an earlier test
-                handler.setStream(sys.stderr)
+                handler.stream = sys.stderr
         try:
             code = mlrn_cli.main()
         except SystemExit as end:  # argparse
