@@ -135,6 +135,10 @@ def test_invisible_colours_do_not_bleed_and_opaque_stays_opaque(network):
     expected = direct(network, np.stack([rgba[..., 3]] * 3, axis=-1) / 255).mean(axis=-1)
     assert near(ours[..., 3], rounded(expected, 255))
 
+    # a trained network sharpens edges, and would leave a rim of other colours along this one
+    shown = Upscaler("x2", **EXACT)(rgba)
+    assert np.abs(shown[shown[..., 3] > 16, :3] - np.float32([220, 20, 20])).max() <= 4
+
     opaque = np.dstack([smooth(48, 48, 3), np.full((48, 48), 255, np.uint8)])
     output = upscaler(opaque)
     assert (output[..., 3] == 255).all()

@@ -14,6 +14,7 @@ import torch
 from basicsr.utils.color_util import rgb2ycbcr_pt
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mlrn_arch import sources
 from mlrn_arch.archs.bicubic_arch import upsample_bicubic
@@ -223,10 +224,8 @@ class Upscaler:
             y = self._colours(x, place) if alpha.any() else x.new_zeros(1, colours, *size)
             y_alpha = alpha.flatten()[0].expand(1, 1, *size)
         else:
-            # Alpha goes through the network as well: edges of colour and of transparency stay as
-            # sharp as each other. Premultiplied, for what is invisible must not bleed into view.
-            y_alpha = self._colours(alpha, place).clamp(0, 1)
-            y = (self._colours(x * alpha, place) / y_alpha.clamp(min=1 / 255)).clamp(0, 1)
+            y = self._colours(_beyond_edges(x, alpha), place)
+            y_alpha = self._colours(alpha, place)
         return torch.cat([y, y_alpha], dim=1)[0].movedim(0, -1)
 
     def _colours(self, x: Tensor, place: Place | None) -> Tensor:
@@ -271,6 +270,18 @@ class Upscaler:
             planes = torch.stack(torch.meshgrid(*shifts, indexing="ij"))[None]
             x = torch.cat([x, planes.to(x.device)], dim=1)
         return self._runs[on_tile](x.contiguous())
+
+
+def _beyond_edges(x: Tensor, alpha: Tensor) -> Tensor:
+    """Continue visible colours into what is transparent, lest the network sharpens that edge."""
+    known = (alpha * 16).clamp(max=1)
+    x = x * known
+    for radius in (1, 2, 4, 8):
+        near, share = (F.avg_pool2d(t, 2 * radius + 1, 1, radius) for t in (x, known))
+        missing = (1 - known) * (share > 0)
+        x = x + missing * near / share.clamp(min=1e-6)
+        known = known + missing
+    return x
 
 
 def quantise(band: Tensor, dtype: np.dtype) -> np.ndarray:
