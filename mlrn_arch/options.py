@@ -31,7 +31,7 @@ from mlrn_arch.option_files import is_number, load_yaml
 
 BY_NAME = """A network without an option file is tested by options/test_MLRN_x4.yml (x2, x3), or
 that of the package, with another network_g; one with a window_size as BasicSR's SwinIRModel, which
-pads images to it. As in BasicSR, path:param_key_g is params here if the file does not say it."""
+pads images to it."""
 
 FORCE_YML: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY:KEY=VALUE"}
 

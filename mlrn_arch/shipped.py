@@ -25,8 +25,8 @@ def info(name: str) -> dict[str, Any]:
 
     Returns:
         `name`; `network_g`, its section of an option file; `recipe`, the stages of its training,
-        and `iterations`, of all of them; `inherited`, whose weights it began with, if any; `data`
-        and `licence`;
+        `settings`, what they share, and `iterations`, of all of them; `inherited`, whose weights
+        it began with, if any; `data` and `licence`;
         `scores`, `{set: {PSNR [dB], SSIM}}` on Y by `mlrn test`, and `paper`, the same as the
         paper prints it; `file`, the checkpoint.
 
