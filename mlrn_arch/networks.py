@@ -100,7 +100,8 @@ def check_call(
     where: str, registry: Registry, opt: Any, others: Options | None = None
 ) -> Iterator[str]:
     """Check `type` against a registry and the other keys against what that type takes."""
-    kind = registered(opt.get("type"), registry) if isinstance(opt, dict) else None
+    kind = opt.get("type") if isinstance(opt, dict) else None
+    kind = registered(kind, registry) if isinstance(kind, str) else None
     if kind not in registry:
         yield f"{where}:type: {unknown(kind, registry.keys())}"
         return

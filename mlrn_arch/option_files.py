@@ -56,8 +56,3 @@ def load_yaml(path: str) -> Options:
         raise UserError(f"{path} is not an option file: it has no `key: value` lines")
     plugins.register(opt.get("import") or [])
     return opt
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is a number that YAML 1.1 does not take for one, such as 5e-4."""
-    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text) is not None

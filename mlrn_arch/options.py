@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import os
 import random
@@ -22,12 +21,12 @@ from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info, init_dist
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from mlrn_arch import checkpoints, checks, keys, machine, networks, plugins, shipped, sources
+from mlrn_arch import checkpoints, checks, machine, networks, plugins, schema, shipped, sources
 from mlrn_arch.errors import UserError
 from mlrn_arch.machine import DTYPES
 from mlrn_arch.models.fast_sr_model import FastSRModel
 from mlrn_arch.networks import Options
-from mlrn_arch.option_files import is_number, load_yaml
+from mlrn_arch.option_files import load_yaml, parse
 
 BY_NAME = """A network without an option file is tested by options/test_MLRN_x4.yml (x2, x3), or
 that of the package, with another network_g; one with a window_size as BasicSR's SwinIRModel, which
@@ -125,22 +124,21 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
         args.force_yml = [*forced, *args.force_yml]
     args.opt = str(shipped.option_file(args.opt))
     opt = load_yaml(args.opt)
-    required = checks.REQUIRED + checks.REQUIRED_TRAIN * is_train
-    faults = _force(opt, args.force_yml) or [
-        *(f"{key}: is missing" for key in checks.missing_keys(opt, required)),
-        *keys.check(opt),
-    ]
-    if faults:  # without these the rest cannot be looked at
+    for section in ["path"] if is_train else ["path", "val"]:  # a file may leave these out
+        opt[section] = opt.get(section, {})
+    if faults := _force(opt, args.force_yml):
         raise _refusal(args.opt, faults)
+    found = schema.complete(opt, checks.bases, is_train)
+    if found.faults:  # nothing else can be checked
+        raise _refusal(args.opt, found.faults + found.unread)
 
     opt["root_path"] = os.getcwd()
     opt["is_train"] = is_train
     opt["auto_resume"] = args.auto_resume
     if args.debug and not opt["name"].startswith("debug"):
         opt["name"] = "debug_" + opt["name"]
-    notes = _set_defaults_and_paths(opt)
-    faults = list(checks.check(opt))
-    if faults:
+    notes = found.notes + _set_paths(opt)
+    if faults := [*found.unread, *checks.check(opt)]:
         raise _refusal(args.opt, faults)
 
     notes += _adapt(opt, args.launcher)
@@ -181,52 +179,33 @@ def _refusal(path: str, faults: list[str]) -> UserError:
 def _force(opt: Options, entries: Sequence[str]) -> list[str]:
     """Apply `--force_yml` entries in place; return the faults among them."""
     faults = []
-    for section in ("path", "logger"):  # a file may leave these out
-        if opt.get(section) is None:
-            opt[section] = {}
     for entry in entries:
         where, equals, text = entry.partition("=")
         *sections, key = (part.strip() for part in where.split(":"))
         try:
-            value = None if text.strip().lower() == "none" else yaml.safe_load(text)
+            value = None if text.strip().lower() == "none" else parse(text)
         except (yaml.YAMLError, ValueError):  # ValueError: 2023-13-01
             value = text  # such as {}x4, the names of DIV2K's LR images
-        if isinstance(value, str) and is_number(value) and key != "name":
-            # 5e-4 is text to YAML, but here it cannot be meant so.
-            value = int(value) if value.isdecimal() else float(value)
         section: Any = opt
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
         if not equals or not key:
             faults.append(f"--force_yml {entry}: write it as KEY:KEY=VALUE")
-        elif not isinstance(section, dict):
-            faults.append(f"--force_yml {entry}: the file has no section {':'.join(sections)}")
-        elif key not in section and difflib.get_close_matches(key, section, cutoff=0.85):
-            near = difflib.get_close_matches(key, section, cutoff=0.85)
-            faults.append(f"--force_yml {entry}: no such key; did you mean {' or '.join(near)}?")
-        else:
+        elif isinstance(section, dict):
             section[key] = value
+        elif value is not None:
+            faults.append(f"--force_yml {entry}: the file has no section {':'.join(sections)}")
     return faults
 
 
-def _set_defaults_and_paths(opt: Options) -> list[str]:
-    """Complete options as BasicSR does, so that short files stay valid; returns notes."""
+def _set_paths(opt: Options) -> list[str]:
+    """Set what BasicSR's `parse_options` sets; returns notes on datasets that are skipped."""
     notes = []
-    for section in (*opt["datasets"].values(), opt.get("train"), opt.get("val"), opt["logger"]):
-        _drop_empty(section or {})
-    if not opt["is_train"] and opt.get("val") is None:
-        opt["val"] = {}
-    opt["logger"].setdefault("use_tb_logger", False)
-    if opt.get("val") is not None:
-        opt["val"].setdefault("save_img", False)
-        opt["val"].setdefault("suffix", None)
     if opt["num_gpu"] == "auto":
         opt["num_gpu"] = torch.cuda.device_count()
-
-    for key, dataset in list(opt["datasets"].items()):
-        if dataset is None:  # `--force_yml datasets:val=none` drops a set
-            del opt["datasets"][key]
-            continue
+    if "val" in opt:
+        opt["val"].setdefault("suffix", None)
+    for key, dataset in opt["datasets"].items():
         dataset["phase"] = key.split("_")[0]
         if "scale" in opt:
             dataset["scale"] = opt["scale"]
@@ -239,36 +218,26 @@ def _set_defaults_and_paths(opt: Options) -> list[str]:
             for key, root in absent.items():
                 notes.append(f"Skipping {opt['datasets'].pop(key).get('name', key)}: no {root}")
 
-    for key, value in opt["path"].items():
-        if value is not None and ("resume_state" in key or "pretrain_network" in key):
-            with contextlib.suppress(UserError):  # checks.check tells
-                opt["path"][key] = checkpoints.resolve(value)
-    # One rule for all verbs. On a resume BasicSR changes it to params.
-    opt["path"]["param_key_g"] = opt["path"].get("param_key_g") or checkpoints.EMA
-    kind = "experiments" if opt["is_train"] else "results"
-    root = os.path.join(opt["root_path"], kind, str(opt["name"]))
-    opt["path"]["experiments_root" if opt["is_train"] else "results_root"] = root
-    opt["path"]["log"] = root
-    opt["path"]["visualization"] = os.path.join(root, "visualization")
+    path = {key: value for key, value in opt["path"].items() if not key.startswith("x_")}
+    for key, value in path.items():
+        if isinstance(value, str) and ("resume_state" in key or "pretrain_network" in key):
+            with contextlib.suppress(UserError):  # checks.check reports it
+                path[key] = checkpoints.resolve(value)
+    root = os.path.join("experiments" if opt["is_train"] else "results", opt["name"])
+    root = os.path.join(opt["root_path"], root)
+    path |= {"log": root, "visualization": os.path.join(root, "visualization")}
+    path["experiments_root" if opt["is_train"] else "results_root"] = root
     if "network_t" in opt:  # a teacher is not saved with a run
-        opt["path"].setdefault("ignore_resume_networks", ["network_t"])
+        path.setdefault("ignore_resume_networks", ["network_t"])
     if opt["is_train"]:
-        opt["path"]["models"] = os.path.join(root, "models")
-        opt["path"]["training_states"] = os.path.join(root, "training_states")
+        path["models"] = os.path.join(root, "models")
+        path["training_states"] = os.path.join(root, "training_states")
         if "debug" in opt["name"]:
             opt["logger"].update(print_freq=1, save_checkpoint_freq=8)
-            if opt.get("val") is not None:
+            if "val" in opt:
                 opt["val"]["val_freq"] = 8
+    opt["path"] = path
     return notes
-
-
-def _drop_empty(section: Options) -> None:
-    """Take out keys without a value: BasicSR takes their defaults only if they are not there."""
-    for key, value in list(section.items()):
-        if value is None:
-            del section[key]
-        elif isinstance(value, dict):
-            _drop_empty(value)
 
 
 def _adapt(opt: Options, launcher: str) -> list[str]:
@@ -302,7 +271,7 @@ def _adapt(opt: Options, launcher: str) -> list[str]:
     kind, lower, train = ("GPU", ["bf16"], "fp16") if opt["num_gpu"] else ("CPU", DTYPES, "fp32")
     emulated = not machine.computes_in_bf16("cuda" if opt["num_gpu"] else "cpu")
     for section, able in (("train", train), ("val", "fp32")):
-        asked = (opt.get(section) or {}).get("precision", "fp32")
+        asked = opt.get(section, {}).get("precision")
         if emulated and asked in lower and asked != able:
             notes.append(f"{section}:precision: {able}: this {kind} only emulates {asked}, slowly")
             opt[section]["precision"] = able

@@ -41,10 +41,15 @@ def info(name: str) -> dict[str, Any]:
     return {"name": full, **known, "file": str(FOLDER / f"{full}.pth")}
 
 
+def options_folder() -> Path:
+    """The folder of the option files that come with the package."""
+    inside = FOLDER.parent / "option_files"  # of a wheel; a clone has them beside the package
+    return inside if inside.is_dir() else FOLDER.parents[1] / "options"
+
+
 def option_files() -> dict[str, Path]:
     """The option files that come with the package, by name."""
-    inside = FOLDER.parent / "option_files"  # of a wheel; a clone has them beside the package
-    folder = inside if inside.is_dir() else FOLDER.parents[1] / "options"
+    folder = options_folder()
     return {
         path.relative_to(folder).with_suffix("").as_posix(): path
         for path in sorted(folder.rglob("*.yml"), key=lambda path: (len(path.parts), path))

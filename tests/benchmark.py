@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mlrn_arch import errors, machine, options, plugins
+from mlrn_arch import errors, machine, options, plugins, schema
 from mlrn_arch.errors import UserError
 from mlrn_arch.train import replacements
 
@@ -31,6 +31,12 @@ STOCK = [
     "model_type=SRModel",
     "datasets:train:type=PairedImageDataset",
     "train:optim_g:type=Adam",
+    # What SRModel does not read is left out.
+    *(
+        f"{':'.join(place)}=none"
+        for place, option in schema.declared().items()
+        if "model" in option
+    ),
 ]
 
 

@@ -17,12 +17,17 @@ from pathlib import Path
 
 from conftest import mlrn
 
+from mlrn_arch import schema
+
 
 def score(folder: Path, model: str, optimizer: str, seed: int, forced: list[str]) -> float:
     """Train and test one network; returns its PSNR in dB."""
     name = f"{model}_{optimizer}_{seed}"
     force = [f"name={name}", f"model_type={model}", f"train:optim_g:type={optimizer}"]
     force += [f"manual_seed={seed}", *forced]
+    if model == "SRModel":  # which does not read FastSRModel's own options
+        own = [place for place, option in schema.declared().items() if "model" in option]
+        force += [f"{':'.join(place)}=none" for place in own]
     result = mlrn("train", "-opt", "train_demo.yml", "--force_yml", *force, cwd=folder)
     checkpoint = f"path:pretrain_network_g=experiments/{name}/models/net_g_latest.pth"
     force = [f"name={name}", checkpoint]

@@ -255,11 +255,11 @@ def test_two_processes_learn_as_one_with_twice_the_batch(
         ("network_t=none", "nor does spandrel know it"),
         ("path:pretrain_network_t=none", "an untrained teacher teaches nothing"),
         ("path:pretrain_network_t=gone.pth", "no such file gone.pth"),
-        ("train:distill_opt:stage=block", "must be blocks or chain or output, not 'block'"),
+        ("train:distill_opt:stage=block", "must be blocks, chain or output, not 'block'"),
         ("train:distill_opt:gt_weight=2", "must be a number from 0 to 1, not 2"),
         ("train:distill_opt:gt_wieght=0.5", "did you mean gt_weight?"),
         ("train:inherit_network_g=gone.pth", "gone.pth"),
-        ("train:compile=true", "only with stage: output"),
+        ("train:compile=true", "needs stage: output"),
         ("network_g:num_feat=6", "and 7 features"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 
-from mlrn_arch import sources
+from mlrn_arch import schema, sources
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.models.fast_sr_model import FastSRModel
@@ -35,10 +35,10 @@ class DistillModel(FastSRModel):
 
     def init_training_settings(self) -> None:
         """Set up the teacher, then all else as `FastSRModel` does."""
-        distill = self.opt["train"]["distill_opt"]
+        distill = schema.defaults("train", "distill_opt") | self.opt["train"]["distill_opt"]
         self.stage = distill["stage"]
         self.block_weight = distill.get("block_weight", STAGES[self.stage])
-        self.gt_weight = distill.get("gt_weight", 0.0)
+        self.gt_weight = distill["gt_weight"]
         net_t = load_teacher(self.opt).to(memory_format=self.memory_format)
         self.net_t = net_t.to(self.device).eval().requires_grad_(False)
         super().init_training_settings()

@@ -11,7 +11,7 @@ import torch
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 
-from mlrn_arch import networks
+from mlrn_arch import networks, schema
 from mlrn_arch.errors import UserError
 from mlrn_arch.inherit import inherit_weights
 from mlrn_arch.machine import DTYPES, exact_fp32
@@ -32,13 +32,15 @@ class FastSRModel(ResumableModel):
     stateful = ("scaler",)  # the loss scaling of fp16
 
     def __init__(self, opt: dict[str, Any]) -> None:
-        train, val = opt.get("train") or {}, opt.get("val") or {}
-        self.precision = train.get("precision", "fp32")
-        self.val_precision = val.get("precision", "fp32")
+        train = schema.defaults("train") | (opt.get("train") or {})
+        val = schema.defaults("val") | (opt.get("val") or {})
+        self.precision, self.val_precision = train["precision"], val["precision"]
+        self.compiled = train["compile"]
         if self.precision == "fp32":
             torch.backends.cudnn.allow_tf32 = False
-        channels_last = train.get("channels_last", True)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.memory_format = (
+            torch.channels_last if train["channels_last"] else torch.contiguous_format
+        )
         self.pending: list[tuple[int, torch.Tensor, list[str]]] = []
         self.loss_dict: dict[str, torch.Tensor] = {}
         self.samples, self.samples_since = 0, time.monotonic()
@@ -47,7 +49,7 @@ class FastSRModel(ResumableModel):
     def model_to_device(self, net: torch.nn.Module) -> torch.nn.Module:
         """Move a network to the device, channels last, compiled and wrapped as the options say."""
         net = net.to(memory_format=self.memory_format)
-        if (self.opt.get("train") or {}).get("compile", False):
+        if self.compiled:
             net.compile()  # in place, so that the names in its state dict stay
         return super().model_to_device(net)
 

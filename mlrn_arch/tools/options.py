@@ -3,12 +3,14 @@
     mlrn options train_MLRN_x4 > my.yml
 
 `-opt mlrn://train_MLRN_x4` runs one as it stands. Those in folders are named as
-ablation/train_MLRN_x2_wo_ConvMix. What each is for is in options/README.md.
+ablation/train_MLRN_x2_wo_ConvMix. What each is for is in options/README.md. The first line of a
+printed file names the schema by which an editor completes and checks it.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 
 from mlrn_arch import shipped
 
@@ -16,12 +18,20 @@ from mlrn_arch import shipped
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mlrn options` on `parser`."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of them all")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the list or the file; `UserError` if there is no such file."""
+    schema = shipped.options_folder() / "schema.json"
+    if args.schema:
+        print(schema.read_text(encoding="utf-8"), end="")
+        return
     if args.name:
-        print(shipped.option_file(shipped.PREFIX + args.name).read_text(encoding="utf-8"), end="")
+        text = shipped.option_file(shipped.PREFIX + args.name).read_text(encoding="utf-8")
+        print(
+            re.sub(r"(?<=\$schema=)(\.\./)*schema\.json", schema.as_posix(), text, count=1), end=""
+        )
         return
     for name, path in shipped.option_files().items():
         lines = path.read_text(encoding="utf-8").splitlines()
