@@ -12,13 +12,13 @@ import importlib
 import importlib.machinery
 import importlib.util
 import logging
-import os
 import sys
 import traceback
 import types
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +53,6 @@ except ModuleNotFoundError as _error:
     ) from None
 
 from basicsr.data import prefetch_dataloader  # noqa: E402
-from basicsr.data.prefetch_dataloader import CPUPrefetcher  # noqa: E402
 from basicsr.models.base_model import BaseModel  # noqa: E402
 from basicsr.utils import (  # noqa: E402
     MessageLogger,
@@ -78,10 +77,7 @@ _do_register = Registry._do_register
 
 
 def _register(self: Registry, name: str, obj: Any, suffix: str | None = None) -> None:
-    """Register a class; another package's class replaces ours of the same name.
-
-    BasicSR refuses a second class of one name.
-    """
+    """Register; another package's class replaces ours of the same name. BasicSR refuses both."""
     full = f"{name}_{suffix}" if isinstance(suffix, str) else name
     known = self._obj_map.get(full)
     own = [getattr(o, "__module__", "").partition(".")[0] == "mlrn_arch" for o in (known, obj)]
@@ -125,7 +121,9 @@ BaseModel.load_network = _load_network
 BaseModel.model_to_device = _model_to_device_cpu
 if not torch.cuda.is_available():  # BasicSR's own pipeline does not adapt options
     for _module in (prefetch_dataloader, importlib.import_module("basicsr.train")):
-        vars(_module)["CUDAPrefetcher"] = lambda loader, opt: CPUPrefetcher(loader)
+        vars(_module)["CUDAPrefetcher"] = lambda loader, opt: prefetch_dataloader.CPUPrefetcher(
+            loader
+        )
 
 
 def load_state(path: str) -> dict[str, Any]:
@@ -137,11 +135,8 @@ def load_state(path: str) -> dict[str, Any]:
 
 def newest_states(folder: str) -> list[str]:
     """Paths of the training states (`{iter}.state`) in a folder, newest first."""
-    if not os.path.isdir(folder):
-        return []
-    names = [name for name in os.listdir(folder) if name.endswith(".state")]
-    iterations = sorted((int(n[:-6]) for n in names if n[:-6].isdigit()), reverse=True)
-    return [os.path.join(folder, f"{iteration}.state") for iteration in iterations]
+    states = {int(p.stem): str(p) for p in Path(folder).glob("*.state") if p.stem.isdigit()}
+    return [states[iteration] for iteration in sorted(states, reverse=True)]
 
 
 def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
@@ -153,9 +148,7 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     wanted = opt["path"].get("resume_state")
     candidates = newest_states(opt["path"]["training_states"]) if opt["auto_resume"] else []
     for path in candidates or ([wanted] if wanted else []):
-        network = os.path.join(
-            opt["path"]["models"], f"net_g_{os.path.basename(path)[: -len('.state')]}.pth"
-        )
+        network = Path(opt["path"]["models"], f"net_g_{Path(path).stem}.pth")
         try:
             torch.load(network, map_location="cpu", weights_only=True)
             state = load_state(path)
@@ -207,10 +200,6 @@ def _tensorboard_from(step: int) -> Callable[[str], Any]:
     return init_tb_logger
 
 
-def _is_short(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.INFO or "\n" not in record.getMessage()
-
-
 def run_pipeline(
     phase: str,
     opt: dict[str, Any],
@@ -240,7 +229,8 @@ def run_pipeline(
         logger = get_root_logger()
         for handler in logger.handlers:
             if phase == "test" and type(handler) is logging.StreamHandler:
-                handler.addFilter(_is_short)  # options and layers go to the log file only
+                # Options and layers, which have many lines, go to the log file only.
+                handler.addFilter(lambda r: r.levelno > logging.INFO or "\n" not in r.getMessage())
         for note in notes:
             logger.info(note)
         return get_env_info()
