@@ -258,7 +258,8 @@ def test_every_command_of_the_readme(tmp_path):
     """All `mlrn ...` lines of its blocks but the demo's, in turn, on tiny data."""
     (tmp_path / "options").symlink_to(REPOSITORY / "options")
     sizes = {"HR/a.png": (480, 480), "small/b.png": (48, 48), "ppt3/ppt3.png": (160, 480)}
-    for name, size in {**sizes, "photos/c.jpg": (40, 30), "scan.png": (30, 40)}.items():
+    sizes |= {"photos/c.jpg": (40, 30), "photo.jpg": (40, 30), "scan.png": (30, 40)}
+    for name, size in sizes.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         noise = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         Image.fromarray(noise).resize(size, Image.BICUBIC).save(tmp_path / name)
