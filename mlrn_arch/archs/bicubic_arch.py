@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
@@ -36,7 +38,9 @@ def _upsample_rows(x: torch.Tensor, upscale: int) -> torch.Tensor:
     )
     # Products and sums, no convolution: autocast leaves them in the precision of the input.
     phases = [
-        sum(tap * padded[..., i : i + height, :] for i, tap in enumerate(taps) if tap)
+        reduce(
+            torch.add, (tap * padded[..., i : i + height, :] for i, tap in enumerate(taps) if tap)
+        )
         for taps in _taps(upscale)
     ]
     return torch.stack(phases, dim=-2).flatten(-3, -2)

@@ -26,9 +26,8 @@ class MeanShift(nn.Module):
     def __init__(self, shift: tuple[float, float, float]) -> None:
         super().__init__()
         self.shifter = nn.Conv2d(3, 3, 1).requires_grad_(False)
-        with torch.no_grad():
-            self.shifter.weight.copy_(torch.eye(3).reshape(3, 3, 1, 1))
-            self.shifter.bias.copy_(torch.tensor(shift))
+        state = {"weight": torch.eye(3).reshape(3, 3, 1, 1), "bias": torch.tensor(shift)}
+        self.shifter.load_state_dict(state)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shift `x`, (n, 3, h, w); same shape."""

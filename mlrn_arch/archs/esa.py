@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -43,7 +45,7 @@ class ESA(nn.Module):
         # 21 to torch.export: below, the pooled map is one pixel wide, which it specialises on.
         if self.always_pad or h < MIN_SIZE or w < MIN_SIZE:
             # sym_max: max would fix the size in an exported graph.
-            padding = (0, torch.sym_max(0, MIN_SIZE - w), 0, torch.sym_max(0, MIN_SIZE - h))
+            padding: Any = (0, torch.sym_max(0, MIN_SIZE - w), 0, torch.sym_max(0, MIN_SIZE - h))
             coarse = F.pad(coarse, padding, mode="replicate")
         coarse = F.max_pool2d(self.conv2(coarse), kernel_size=7, stride=3)
         coarse = self.upsample(self.refine(coarse), (h, w))
