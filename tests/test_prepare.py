@@ -1,8 +1,10 @@
 """`mlrn prepare`: what it writes, read back by BasicSR's own code; what it refuses; kills."""
 
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,10 +19,10 @@ import tifffile
 import torch
 from basicsr.archs import build_network
 from basicsr.utils import img2tensor, tensor2img
-from conftest import REPOSITORY, mlrn
+from conftest import REPOSITORY
 from PIL import Image
 
-from mlrn_arch import plugins
+from mlrn_arch import options, plugins
 from mlrn_arch.errors import UserError
 from mlrn_arch.inference import backends
 from mlrn_arch.inference.resize import imresize
@@ -175,7 +177,7 @@ def test_every_kind_of_image_and_what_is_said_of_it(tmp_path, capsys):
     assert "3 with transparency" in said and f"{len(expected) + 1} of {len(expected) + 1}" in said
 
 
-def test_deep_tiffs_that_opencv_misreads(tmp_path, capsys):
+def test_deep_tiffs_that_opencv_misreads(tmp_path):
     source = tmp_path / "in"
     source.mkdir()
     rgb = photo(24, 24)[..., ::-1]
@@ -185,11 +187,9 @@ def test_deep_tiffs_that_opencv_misreads(tmp_path, capsys):
     tifffile.imwrite(source / "planes.tif", planes, photometric="rgb", planarconfig="separate")
     run(source, tmp_path / "D", "--crop-size", 24, "--step", 24)
     hr = records(tmp_path / "D" / "D_train_HR_sub.lmdb")
-    assert set(hr) == {"negative_s001"}
     grey = np.repeat(rgb[..., :1], 3, axis=-1)
     np.testing.assert_array_equal(decoded(hr["negative_s001"]), grey)
-    said = capsys.readouterr()
-    assert "planes.tif: 16 bits with each channel stored apart" in said.out + said.err
+    np.testing.assert_array_equal(decoded(hr["planes_s001"])[..., ::-1], rgb)
 
 
 def test_keys_are_safe_unique_and_steady(tmp_path):
@@ -233,25 +233,25 @@ def test_nothing_to_do_it_with(tmp_path):
         run(source, tmp_path / "D")
     (source / "broken.png").write_bytes(b"\x89PNG")
     for benchmark in ((), ("--benchmark",)):
-        with pytest.raises(UserError, match="no image in .* can be used"):
+        with pytest.raises(UserError, match="no image can be used"):
             run(source, tmp_path / "new" / "D", *benchmark)
-        assert not (tmp_path / "new").exists()
+        assert not list((tmp_path / "new").rglob("*.*"))
     with pytest.raises(UserError, match="same folder"):
         run(source, source)
 
 
-def test_bad_images_are_named_and_the_rest_is_made(photos, tmp_path):
+def test_bad_images_are_named_and_the_rest_is_made(photos, tmp_path, mlrn_here):
     whole = cv2.imencode(".png", photo(200, 200))[1].tobytes()
     (photos / "torn.png").write_bytes(whole[: len(whole) // 2])
     (photos / "text.jpg").write_text("no image")
     (photos / "link.png").symlink_to("nowhere")
     cv2.imwrite(str(photos / "tiny.png"), photo(71, 300))
-    done = mlrn("prepare", str(photos), "D", *SMALL, cwd=tmp_path)
-    assert done.returncode == 1, done.stdout
-    assert "Traceback" not in done.stdout
-    for name in ("torn.png", "text.jpg", "link.png", "tiny.png"):
-        assert re.search(rf"left out: .*{name}: .+", done.stdout)
-    assert "3 of 7 images" in done.stdout and "4 left out" in done.stdout
+    for _ in range(2):  # the second run only repeats what the first left out
+        code, said, left_out = mlrn_here("prepare", photos, tmp_path / "D", *SMALL, "--scale", 2)
+        assert code == 1 and "3 of 7 images" in said
+        for name in ("torn.png", "text.jpg", "link.png"):
+            assert re.search(rf"left out: .*{name}: .+", left_out)
+        assert "tiny.png: 300x60 pixels are less than --crop-size 72" in left_out
     assert len(records(tmp_path / "D/D_train_HR_sub.lmdb")) == 15
 
 
@@ -265,7 +265,7 @@ def test_a_file_that_kills_its_worker_is_one_sentence(photos, tmp_path, monkeypa
 
     monkeypatch.setattr(stream, "decode", deadly)
     for benchmark in ((), ("--benchmark",)):
-        with pytest.raises(UserError, match="a worker process was killed.*--workers 1 continues"):
+        with pytest.raises(UserError, match="a worker process died.*--workers 1 continues"):
             run(photos, tmp_path / "D", *SMALL, *benchmark, "--workers", 1)
 
 
@@ -289,54 +289,84 @@ def test_linked_folders_are_read(photos, tmp_path):
     assert len(records(tmp_path / "D/D_train_HR_sub.lmdb")) == 15
 
 
-def test_scales_added_later_and_what_is_there_kept(photos, tmp_path, capsys):
-    at_once, out = tmp_path / "a" / "D", tmp_path / "b" / "D"
-    assert run(photos, at_once, *SMALL) == 0
+def test_what_is_there_is_kept_or_made_again_as_a_whole(photos, tmp_path, mlrn_here):
+    out = tmp_path / "D"
     assert run(photos, out, *SMALL, "--scale", 3) == 0
     before = snapshot(out)
-    assert run(photos, out, *SMALL, "--scale", 3) == 0
-    assert "there already" in capsys.readouterr().out
-    assert snapshot(out) == before
-    assert run(photos, out, *SMALL, "--scale", 4, 3, 2) == 0
-    assert before.items() <= snapshot(out).items()
-    for folder in at_once.iterdir():
-        assert records(folder) == records(out / folder.name)
-        for name in ("meta_info.txt", "prepare.json"):
-            assert (folder / name).read_text() == (out / folder.name / name).read_text()
-
-    before = snapshot(out)
-    with pytest.raises(UserError, match="step 36.*not with .*step 72.*--overwrite"):
+    code, said, _ = mlrn_here("prepare", photos, out, *SMALL, "--scale", 3)
+    assert code == 0 and "everything is there already" in said and snapshot(out) == before
+    assert "to fine-tune on it:" in said
+    with pytest.raises(UserError, match="step is 36, not 72.*--overwrite"):
         run(photos, out, "--crop-size", 72, "--step", 72)
-    with pytest.raises(UserError, match="--scale 2 3 4 --overwrite"):
-        run(photos, out, *SMALL, "--scale", 2, "--overwrite")
     assert snapshot(out) == before
-    assert run(photos, out, "--crop-size", 72, "--step", 72, "--overwrite") == 0
-    assert len(records(out / "D_train_HR_sub.lmdb")) < 15
-    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in at_once.iterdir())
+
+    # A scale more: the existing ones are made again with it, to the same records.
+    old = {folder.name: records(folder) for folder in out.iterdir()}
+    assert run(photos, out, *SMALL, "--scale", 4) == 0
+    assert old.items() <= {folder.name: records(folder) for folder in out.iterdir()}.items()
+    assert len(records(out / "D_train_LR_bicubic_X4_sub.lmdb")) == 15
+    assert run(photos, out, "--crop-size", 72, "--step", 72, "--scale", 4, "--overwrite") == 0
+    names = ["D_train_HR_sub.lmdb", *(f"D_train_LR_bicubic_X{s}_sub.lmdb" for s in (3, 4))]
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert {len(records(folder)) for folder in out.iterdir()} == {6 + 1 + 4}
 
 
-def test_a_scale_is_only_added_for_the_images_of_the_hr(photos, tmp_path, capsys):
+@pytest.mark.parametrize("change", ["new", "gone", "changed"])
+def test_an_lmdb_that_is_not_what_input_holds(photos, tmp_path, mlrn_here, change):
+    out, settings = tmp_path / "D", (*SMALL, "--scale", 2)
+    assert run(photos, out, *settings) == 0
+    if change == "new":
+        cv2.imwrite(str(photos / "0003.png"), photo(72, 72))
+    elif change == "gone":
+        (photos / "0002.bmp").unlink()
+    else:
+        cv2.imwrite(str(photos / "0002.bmp"), photo(72, 72, 5))  # as many bytes
+    before = snapshot(out)
+    code, _, said = mlrn_here("prepare", photos, out, *settings)
+    assert code == 2 and snapshot(out) == before
+    assert "1 images are new, gone or changed, such as 000" in said and "--overwrite" in said
+    assert run(photos, out, *settings, "--overwrite") == 0
+    assert run(photos, out, *settings) == 0
+
+
+@pytest.mark.parametrize("damage", ["foreign", "truncated"])
+def test_lmdbs_that_are_not_ours_or_broken(photos, tmp_path, damage):
     out = tmp_path / "D"
-    assert run(photos, out, *SMALL, "--scale", 2) == 0
-    cv2.imwrite(str(photos / "0003.png"), photo(72, 72))
-    assert run(photos, out, *SMALL, "--scale", 3) == 1
-    assert "0003.png: not in" in capsys.readouterr().err
-    cv2.imwrite(str(photos / "0002.bmp"), photo(72, 144))  # would be cut into more
-    with pytest.raises(UserError, match="no longer gives the sub-images of 0002"):
-        run(photos, out, *SMALL, "--scale", 4)
-    (photos / "0001.png").unlink()
-    with pytest.raises(UserError, match="no longer gives the sub-images of 0001"):
-        run(photos, out, *SMALL, "--scale", 4)
-    assert [p.name for p in out.iterdir() if "X4" in p.name or p.name.startswith(".")] == []
-
-
-def test_foreign_lmdbs_are_not_taken_for_ours(photos, tmp_path):
-    out = tmp_path / "D"
-    foreign = out / "D_train_HR_sub.lmdb"
-    foreign.mkdir(parents=True)
-    (foreign / "meta_info.txt").write_text("0001_s001.png (480,480,3) 1\n")
-    with pytest.raises(UserError, match="unknown settings"):
+    assert run(photos, out, *SMALL) == 0
+    if damage == "foreign":
+        (out / "D_train_HR_sub.lmdb/prepare.json").unlink()
+    else:
+        os.truncate(out / "D_train_HR_sub.lmdb/data.mdb", 10000)
+    said = {"foreign": "another program made it", "truncated": "data.mdb is truncated"}[damage]
+    with pytest.raises(UserError, match=f"{said}.*--overwrite"):
         run(photos, out, *SMALL)
+
+
+def test_the_command_to_train(photos, tmp_path, mlrn_here, monkeypatch):
+    """Short where the option file expects the data, and one that training accepts."""
+    (tmp_path / "options").symlink_to(REPOSITORY / "options")
+    monkeypatch.chdir(tmp_path)
+    cv2.imwrite(str(photos / "0003.png"), photo(480, 480))
+    for out, lines in (
+        ("datasets/photos", ["mlrn train -opt options/finetune_MLRN_x4.yml"]),
+        (
+            "datasets/DIV2K",
+            [
+                "mlrn train -opt options/finetune_MLRN_x4.yml --force_yml "
+                "datasets:train:dataroot_gt=datasets/DIV2K/DIV2K_train_HR_sub.lmdb "
+                "datasets:train:dataroot_lq=datasets/DIV2K/DIV2K_train_LR_bicubic_X4_sub.lmdb",
+                "mlrn train -opt options/train_MLRN_x4.yml",
+            ],
+        ),
+    ):
+        code, said, _ = mlrn_here("prepare", photos, out, "--scale", 4)
+        assert (
+            code == 1 and [line.strip() for line in said.splitlines() if "  mlrn" in line] == lines
+        )
+        for line in lines:
+            options.read(
+                "train", [*shlex.split(line)[2:], "--force_yml", "datasets:val=none", "val=none"]
+            )
 
 
 @pytest.fixture(scope="module")
@@ -385,15 +415,16 @@ sys.exit(mlrn_cli.main())
             error = process.communicate()[1]
         assert process.returncode == code, error
         assert "Traceback" not in error and error.count("\n") <= 1
-        assert [p.name for p in out.iterdir()] == [".D.partial"]  # nothing that looks finished
+        (unfinished,) = out.iterdir()  # nothing that looks finished
+        assert re.fullmatch(r"\.D\.[0-9a-f]+\.partial", unfinished.name)
         assert not list(out.rglob("meta_info.txt"))
-    with pytest.raises(UserError, match="unfinished run"):
-        run(many, out, *settings, "--scale", 2)
     # of an image that only some of the LMDBs have, as after a kill between two commits
-    with lmdb.open(str(out / ".D.partial/D_train_HR_sub.lmdb")) as env:
+    (unfinished,) = out.iterdir()
+    with lmdb.open(str(unfinished / "D_train_HR_sub.lmdb")) as env:
         with env.begin(write=True) as transaction:
             transaction.put(b"0012_s001", b"torn")
-    assert len(training.counts_of(out / ".D.partial/D_train_LR_bicubic_X4_sub.lmdb")) == 10
+    keys = records(unfinished / "D_train_LR_bicubic_X4_sub.lmdb")
+    assert len({key.partition("_")[0] for key in keys}) == 10
     assert run(many, out, *settings) == 0
     for folder in whole.iterdir():
         assert records(out / folder.name) == records(folder)
@@ -403,62 +434,96 @@ sys.exit(mlrn_cli.main())
     assert len(list(out.iterdir())) == 4
 
 
-@pytest.mark.parametrize("steps", range(10))
+@pytest.mark.parametrize("steps", range(5))
 def test_a_kill_while_results_are_put_into_place(photos, tmp_path, monkeypatch, steps):
     out = tmp_path / "D"
-    assert run(photos, out, "--crop-size", 72, "--step", 72) == 0
-    left = steps
+    assert run(photos, out, "--crop-size", 72, "--step", 72, "--scale", 2) == 0
 
     class Killed(BaseException):
         pass
 
-    def dying(step):
-        def call(*arguments, **named):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-            return step(*arguments, **named)
+    def rename(path, target, original=Path.rename):
+        nonlocal steps
+        steps -= 1
+        if steps < 0:
+            raise Killed
+        return original(path, target)
 
-        return call
-
-    publish = training.publish
-
-    def watched(unfinished):
-        monkeypatch.setattr(Path, "rename", dying(Path.rename))
-        monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
-        publish(unfinished)
-
-    monkeypatch.setattr(training, "publish", watched)
-    killed = steps < 9
+    monkeypatch.setattr(Path, "rename", rename)
+    killed = steps < 4
     try:
-        run(photos, out, *SMALL, "--overwrite")
+        run(photos, out, *SMALL, "--scale", 2, "--overwrite")
     except Killed:
         pass
     monkeypatch.undo()
-    assert killed == (left < 0)
-    # The old ones are gone or whole, and the same command ends what was begun.
-    assert run(photos, out, *SMALL, "--overwrite") == 0
-    assert sorted(p.name for p in out.iterdir())[0] == "D_train_HR_sub.lmdb"
+    assert killed == (steps < 0)
+    # HR is never beside LR of another run, and the same command ends what was begun.
+    found = {json.loads((folder / "prepare.json").read_text())["step"] for folder in out.glob("D*")}
+    assert len(found) <= 1 or not (out / "D_train_HR_sub.lmdb").exists()
+    assert run(photos, out, *SMALL, "--scale", 2, "--overwrite") == 0
+    assert len(list(out.iterdir())) == 2
     for folder in out.iterdir():
         assert json.loads((folder / "prepare.json").read_text())["step"] == 36
         assert len(records(folder)) == 15
 
 
+def test_an_interrupted_run_goes_on_with_other_images(photos, tmp_path, monkeypatch):
+    """What was done of images that are gone or changed since is not kept; settings may differ."""
+    out, results = tmp_path / "D", stream.results
+    monkeypatch.setattr(training, "_COMMIT_BYTES", 0)
+
+    def interrupted(*arguments):
+        yield from itertools.islice(results(*arguments), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "results", interrupted)
+    assert run(photos, out, *SMALL) == 130
+    assert run(photos, out, "--crop-size", 72, "--step", 72) == 130
+    worked_on = []
+
+    def watched(work, images, *arguments):
+        worked_on.extend(images)
+        return results(work, images, *arguments)
+
+    monkeypatch.setattr(stream, "results", watched)
+    (photos / "0001.png").unlink()
+    cv2.imwrite(str(photos / "0003.png"), photo(80, 72, 7))
+    assert run(photos, out, *SMALL) == 0
+    assert worked_on == ["0003", "sub_0001"]
+    monkeypatch.undo()
+    assert run(photos, tmp_path / "whole/D", *SMALL) == 0
+    assert len(list(out.iterdir())) == 4
+    for folder in out.iterdir():
+        assert records(folder) == records(tmp_path / "whole/D" / folder.name)
+
+
+def test_the_map_grows(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_MAP_STEP", 2**16)
+    settings = (*SMALL, "--scale", 2, "--format", "bmp")
+    assert run(photos, tmp_path / "D", *settings) == 0
+    hr = tmp_path / "D/D_train_HR_sub.lmdb"
+    assert len(records(hr)) == 15 and (hr / "data.mdb").stat().st_size > 2**17
+
+
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def failing_lmdb(*_):
+    raise lmdb.Error("mdb_txn_commit: Input/output error")
+
+
 @pytest.mark.parametrize(
-    "module, function, error, arguments",
+    "module, function, failing, arguments",
     [
-        (prepare, "_pair", OSError(28, "No space left on device"), ("--benchmark",)),
-        (training, "_build", lmdb.Error("mdb_txn_commit: Input/output error"), SMALL),
+        (prepare, "_pair", full_disk, ("--benchmark",)),
+        (training, "_write", failing_lmdb, SMALL),
     ],
 )
 def test_full_disk_is_one_sentence(
-    photos, tmp_path, monkeypatch, module, function, error, arguments
+    photos, tmp_path, monkeypatch, module, function, failing, arguments
 ):
-    def full(*_, **__):
-        raise error
-
-    monkeypatch.setattr(module, function, full)
+    monkeypatch.setattr(module, function, failing)
     with pytest.raises(UserError, match="cannot write to .*; if its disk is full, free some space"):
         run(photos, tmp_path / "D", *arguments)
 
@@ -470,7 +535,7 @@ def test_benchmark_folders(photos, tmp_path, capsys):
     grey = photo(50, 61)[..., 0]
     cv2.imwrite(str(photos / "grey.png"), grey)
     assert run(photos, out, "--benchmark") == 0
-    assert "1 grey\n" in capsys.readouterr().out
+    assert "; 1 grey\n" in capsys.readouterr().out
     for scale in (2, 3, 4):
         gt = cv2.imread(str(out / f"GTmod{scale}/0001.png"), cv2.IMREAD_UNCHANGED)
         lq = cv2.imread(str(out / f"LRbicx{scale}/0001.png"), cv2.IMREAD_UNCHANGED)

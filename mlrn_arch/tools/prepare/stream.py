@@ -1,33 +1,35 @@
-"""The images of a folder, worked on by processes and given in order."""
+"""The images of a folder: found, decoded and worked on by several processes, in order."""
 
 from __future__ import annotations
 
-import functools
+import itertools
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+import torch
 from tqdm import tqdm
 
 from mlrn_arch.errors import UserError
 from mlrn_arch.inference import image_files
 from mlrn_arch.inference.image_files import BadImage
 
-LEFT_OUT = "left out"
-
 
 def find(source: Path, output: Path) -> dict[str, Path]:
-    """All images below `source` by the key that they get, in the order of their paths.
+    """Return the images below `source`, but not below `output`, by their key, sorted by path.
 
     Raises:
         UserError: There is none, `source` is no folder, or two would get the same key.
@@ -35,12 +37,12 @@ def find(source: Path, output: Path) -> dict[str, Path]:
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; INPUT is a folder of HR images")
     if source.resolve() == output.resolve():
-        raise UserError("INPUT and OUTPUT are the same folder; give OUTPUT one of its own")
-    paths, seen = [], {output.resolve()}  # our own output is no input
+        raise UserError("INPUT and OUTPUT are the same folder; choose another OUTPUT")
+    paths, seen = [], {output.resolve()}
     for folder, names, files in os.walk(source, followlinks=True):
         real = Path(folder).resolve()
         names[:] = sorted(n for n in names if not n.startswith(".") and not n.endswith(".lmdb"))
-        if real in seen:  # a link back up would never end
+        if real in seen:  # following a link back up would never end
             names.clear()
             continue
         seen.add(real)
@@ -64,67 +66,73 @@ def find(source: Path, output: Path) -> dict[str, Path]:
     return images
 
 
+@dataclass
+class Report:
+    """What became of the images: why some are left out, and how many a note is about."""
+
+    images: dict[str, Path]
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: Counter = field(default_factory=Counter)
+    start: float = field(default_factory=time.monotonic)
+
+    def close(self) -> int:
+        """Print it; returns the exit code, or raises UserError if all are left out."""
+        for key, reason in self.left_out.items():
+            print(f"left out: {self.images[key]}: {reason}", file=sys.stderr)
+        total, used = len(self.images), len(self.images) - len(self.left_out)
+        if not used:
+            raise UserError("no image can be used")
+        notes = [f"{number} {note}" for note, number in sorted(self.notes.items())]
+        seconds = time.monotonic() - self.start
+        print("; ".join([f"{used} of {total} images in {seconds:.1f} s", *notes]))
+        return 1 if self.left_out else 0
+
+
 def results(
-    work: Callable, images: dict[str, Path], workers: int, tally: Counter
+    work: Callable, images: dict[str, Path], workers: int, report: Report
 ) -> Iterator[tuple[str, Any]]:
-    """Yield key and result of `work(key, path)` in order, working a few images ahead.
+    """Yield the key and result of each image, in order, working a few images ahead.
 
-    Images that cannot be used are named; `tally` counts them, and the notes that come first in
-    every result.
+    `work(key, path)` runs in another process. It returns notes and a result, or raises BadImage.
     """
-    if not images:
-        return
-    # Processes, not threads: a file that crashes a decoder ends a worker, and the run names it.
-    loader = DataLoader(
-        list(images.items()),
-        batch_size=None,
-        num_workers=min(workers, len(images)),
-        collate_fn=functools.partial(_attempt, work),
-        worker_init_fn=_end_with_parent,
-    )
-    path = "the start"
+    waiting, submitted = iter(images.items()), deque[Future]()
+    workers = max(1, min(workers, len(images)))
+    # Processes, not threads: an image that crashes a decoder ends a worker only.
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
     try:
-        bar = tqdm(loader, unit=" images", disable=None, dynamic_ncols=True)
-        for (key, path), result in zip(images.items(), bar, strict=True):
-            if isinstance(result, OSError):
-                raise result
-            if isinstance(result, BadImage):
-                bar.write(f"left out: {path}: {result}", file=sys.stderr)
-                tally[LEFT_OUT] += 1
+        for key, path in tqdm(images.items(), unit=" images", disable=None, dynamic_ncols=True):
+            try:
+                for image in itertools.islice(waiting, 2 * workers - len(submitted)):
+                    submitted.append(pool.submit(work, *image))
+                notes, result = submitted.popleft().result()
+            except BadImage as error:
+                report.left_out[key] = str(error)
                 continue
-            tally.update(result[0])
-            yield key, result[1]
-    except RuntimeError as error:
-        raise killed(error, f" soon after {path}") from None
+            except BrokenProcessPool:
+                raise UserError(
+                    f"a worker process died at {path} or soon after: memory ran out, or an image "
+                    "crashes its decoder; --workers 1 continues and names that image"
+                ) from None
+            report.notes.update(notes)
+            yield key, result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def killed(error: RuntimeError, where: str) -> Exception:
-    """The error, or what it means to the user if it tells of a worker's death."""
-    if "DataLoader worker" not in str(error):
-        return error
-    return UserError(
-        f"a worker process was killed{where}, for want of memory perhaps; the same command with "
-        "--workers 1 continues, and stops at the image if it is one"
-    )
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
 
+    def follow_parent() -> None:  # else a worker that hands over much would wait for ever
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
 
-def _end_with_parent(_: int) -> None:
-    def follow() -> None:  # a worker with much to hand over would wait for ever
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _attempt(work: Callable, image: tuple[str, Path]) -> Any:
-    try:
-        return work(*image)
-    except (BadImage, OSError) as error:  # raised here, DataLoader would put its traceback into it
-        return error
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def decode(path: Path) -> tuple[np.ndarray, list[str]]:
-    """An image as 8-bit BGR (H x W x 3) or grey (H x W), and what of it is not in there."""
+    """Return an image as 8-bit BGR (H x W x 3) or grey (H x W), and notes on what was changed."""
     array, notes = image_files.read(path).array, []
     if array.dtype == np.uint16:
         notes.append("of 16 bits (rounded to 8)")
@@ -135,14 +143,3 @@ def decode(path: Path) -> tuple[np.ndarray, list[str]]:
         notes.append("grey")
         return array[..., 0], notes
     return np.ascontiguousarray(array[..., 2::-1]), notes
-
-
-def report(tally: Counter, total: int, start: float) -> int:
-    """Print what became of `total` images since `start`; returns the exit code."""
-    left_out = tally.pop(LEFT_OUT, 0)
-    if tally:
-        print("images: " + "; ".join(f"{number} {note}" for note, number in sorted(tally.items())))
-    print(f"{total - left_out} of {total} images in {time.monotonic() - start:.1f} s")
-    if left_out:
-        print(f"{left_out} left out, each named above with the reason")
-    return 1 if left_out else 0
