@@ -761,11 +761,23 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(run, tmp_path, monkeypatc
     assert not list((tmp_path / "upscaled").iterdir())
 
 
-def test_an_output_beyond_memory_is_refused(run, tmp_path, monkeypatch):
+def test_what_is_beyond_memory_is_refused(run, tmp_path, monkeypatch):
     Image.fromarray(smooth(30, 30, 3)).save(tmp_path / "a.png")
     monkeypatch.setattr(upscale, "free_memory", lambda: 14000)  # 60 x 60 x 4 bytes are more
     code, _, err = run("a.png")
     assert code == 2 and "60x60" in err
+    monkeypatch.setattr(image_files, "free_memory", lambda: 3000)
+    code, _, err = run("a.png")
+    assert code == 2 and "it takes 0.0 GB of memory, which is more than is free" in err
+    # a header of 2**24 rows, for which there are strips of 30
+    file = tmp_path / "a.tif"
+    tifffile.imwrite(file, smooth(30, 30, 1, 65535)[..., 0], photometric="minisblack")
+    with tifffile.TiffFile(file, mode="r+") as tiff:
+        tiff.pages.first.tags["ImageLength"].overwrite(2**24)
+        tiff.pages.first.tags["RowsPerStrip"].overwrite(30)
+    monkeypatch.undo()
+    with pytest.raises(image_files.BadImage, match="parts of it are missing"):
+        image_files.read(file)
 
 
 V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")

@@ -20,11 +20,13 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from mlrn_arch.errors import first_line
 from mlrn_arch.files import atomic_write
+from mlrn_arch.machine import free_memory
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 FORMATS |= {".jpg": "JPEG", ".jpeg": "JPEG"}
 # What the readers say of broken files, BadImage says in one line.
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+for name in ("PIL", "tifffile"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="PIL")
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 # Those and more are read, but not EPS, for which Pillow starts Ghostscript.
@@ -68,6 +70,8 @@ def read(path: Path) -> Picture:
     Raises:
         BadImage: It cannot be read, or has neither 8 nor 16 bits a channel.
     """
+    if (need := 4 * size(path)) > free_memory():
+        raise BadImage(f"it takes {need / 1e9:.1f} GB of memory, which is more than is free")
     try:
         return _read_deep_tiff(path) or _read(path)
     except BadImage:
@@ -131,6 +135,8 @@ def _read_deep_tiff(path: Path) -> Picture | None:
             return None
         if page.dtype != np.uint16 or page.photometric not in (0, 1, 2):
             return None
+        if math.prod(page.chunked) > len(page.dataoffsets):
+            raise BadImage("broken: parts of it are missing")
         colours = 3 if page.photometric == 2 else 1
         # LZW takes tifffile another package; OpenCV knows it, and turns the image as well.
         if page.compression == tifffile.COMPRESSION.LZW and page.axes != "SYX":
@@ -156,7 +162,9 @@ def _read_deep_tiff(path: Path) -> Picture | None:
 
 def _decode_deep(path: Path, grey: bool) -> np.ndarray:
     """16 bits a channel by OpenCV, (h, w, c) in the order of `Picture`."""
-    array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    array = None
+    with contextlib.suppress(cv2.error):
+        array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype != np.uint16:
         raise BadImage("broken, or neither of 8 nor of 16 bits a channel")
     array = np.atleast_3d(array)
