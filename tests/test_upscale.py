@@ -852,7 +852,7 @@ def test_a_scale_stands_for_its_shipped_weights(network, option_file):
             Upscaler(model, scale=3)
     with pytest.raises(UserError, match="scale must be an integer, not '4'"):
         Upscaler(scale="4")
-    with pytest.raises(UserError, match="no network is named 'x5'"):
+    with pytest.raises(UserError, match="is named 'x5'"):
         Upscaler(scale=5)
 
 

@@ -25,17 +25,20 @@ from mlrn_arch.machine import free_memory
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 FORMATS |= {".jpg": "JPEG", ".jpeg": "JPEG"}
 # What the readers say of broken files, BadImage says in one line.
-for name in ("PIL", "tifffile"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="PIL")
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 # Those and more are read, but not EPS, for which Pillow starts Ghostscript.
 READ = (*set(FORMATS.values()), "GIF", "AVIF", "JPEG2000", "PPM", "ICO", "PSD")
 LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that a format and its library allow
 _ORIENTATION, _EXIF_IFD, _GPS_IFD = 0x0112, 0x8769, 0x8825
-# Tags up to 700 that describe the photograph; the others describe the layout of a TIFF file.
-_DESCRIPTIVE = {269, 270, 271, 272, 285, 305, 306, 315, 316}
-_PAYLOADS = {33723, 34377, 34675, 37724}  # IPTC, Photoshop's, the profile, Photoshop's layers
+# Tags up to 700 that describe the photograph, not the layout of a TIFF; and what is not EXIF:
+# IPTC, Photoshop's resources, the profile, Photoshop's layers.
+_DESCRIPTIVE, _PAYLOADS = (
+    {269, 270, 271, 272, 285, 305, 306, 315, 316},
+    {33723, 34377, 34675, 37724},
+)
 _SRGB = (0.45455, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # as in gAMA and cHRM
 _EXTRA = "without an extra channel that the file does not call transparency"
 
@@ -50,7 +53,7 @@ class Picture:
 
     array: np.ndarray  # uint8 or uint16, (h, w, c), upright; c is 1 to 4 as in `Upscaler`
     icc: bytes | None
-    exif: bytes  # without orientation, size and resolution
+    exif: Image.Exif  # without orientation, size and resolution
     notes: list[str]  # what of the file is not in here
     lossless: bool = False  # a lossless WebP
 
@@ -187,17 +190,17 @@ def _picture(
         array = array[:, ::-1]
     if turn in (3, 4, 7, 8):
         array = array[::-1]
-    kept = b""
     try:
         for tag in [t for t in exif if t <= 700 and t not in _DESCRIPTIVE or t in _PAYLOADS]:
             del exif[tag]
         if _EXIF_IFD in exif:  # get_ifd would make it
             for tag in (0xA002, 0xA003, 0xA005):  # size, and a pointer that Pillow does not move
                 exif.get_ifd(_EXIF_IFD).pop(tag, None)
-        kept = exif.tobytes() if len(exif) else b""
+        exif.tobytes()
     except Exception:  # EXIF may be broken in as many ways as there are cameras
+        exif = Image.Exif()
         notes.append("without its EXIF, which is broken")
-    return Picture(np.ascontiguousarray(array), icc, kept, notes)
+    return Picture(np.ascontiguousarray(array), icc, exif, notes)
 
 
 def write(
@@ -226,7 +229,7 @@ def write(
                 for band in bands:
                     array[y : y + len(band)] = band
                     y += len(band)
-                (_write_deep_tiff if kind == "TIFF" else _write_deep_png)(part, array, picture)
+                _write_deep(part, kind, array, picture)
             else:
                 mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
                 # Filled band by band: an array of the whole output would double the memory.
@@ -248,10 +251,10 @@ def dtype(path: Path, picture: Picture) -> np.dtype:
 
 def _options(kind: str, large: bool, picture: Picture, quality: int) -> dict[str, Any]:
     """What Pillow saves an image of 8 bits a channel with."""
-    options: dict[str, Any] = {"icc_profile": picture.icc, "exif": picture.exif}
+    options: dict[str, Any] = {"icc_profile": picture.icc, "exif": picture.exif or b""}
     if kind == "JPEG":
         options.update(quality=quality, subsampling=0)
-        if len(picture.exif) > 65533:
+        if len(picture.exif.tobytes()) > 65533:
             options["exif"] = b""
             picture.notes.append("without its EXIF, which is more than a JPEG holds")
     elif kind == "WEBP":
@@ -260,38 +263,30 @@ def _options(kind: str, large: bool, picture: Picture, quality: int) -> dict[str
         options = {"dpi": (0, 0)}  # Pillow would claim 96
         if picture.icc or picture.exif:
             picture.notes.append("without colour profile and EXIF, which BMP cannot hold")
-    elif kind == "TIFF" and (large or {_EXIF_IFD, _GPS_IFD} & _tags(picture)):
+    elif kind == "TIFF" and (large or {_EXIF_IFD, _GPS_IFD} & picture.exif.keys()):
         options["big_tiff"] = large  # neither can Pillow write compressed
     elif kind == "TIFF":
         options["compression"] = "tiff_adobe_deflate"
     return options
 
 
-def _tags(picture: Picture) -> set[int]:
-    exif = Image.Exif()
-    exif.load(picture.exif)
-    return set(exif)
-
-
-def _write_deep_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
-    channels = array.shape[2]
-    tifffile.imwrite(
-        path,
-        array.squeeze(-1) if channels == 1 else array,
-        photometric="minisblack" if channels < 3 else "rgb",
-        planarconfig="contig" if channels > 1 else None,
-        extrasamples=["unassalpha"] if channels in (2, 4) else None,
-        compression="zlib",
-        bigtiff=array.nbytes > 4e9,
-        iccprofile=picture.icc,
-        metadata=None,
-    )
-    if _tags(picture) - {270, 305}:  # more than a description and the software
-        picture.notes.append("without its EXIF, which is not written into 16-bit TIFF")
-
-
-def _write_deep_png(path: Path, array: np.ndarray, picture: Picture) -> None:
+def _write_deep(path: Path, kind: str, array: np.ndarray, picture: Picture) -> None:
     channels, icc = array.shape[2], picture.icc
+    if kind == "TIFF":
+        tifffile.imwrite(
+            path,
+            array.squeeze(-1) if channels == 1 else array,
+            photometric="minisblack" if channels < 3 else "rgb",
+            planarconfig="contig" if channels > 1 else None,
+            extrasamples=["unassalpha"] if channels in (2, 4) else None,
+            compression="zlib",
+            bigtiff=array.nbytes > 4e9,
+            iccprofile=icc,
+            metadata=None,
+        )
+        if picture.exif.keys() - {270, 305}:  # more than a description and the software
+            picture.notes.append("without its EXIF, which is not written into 16-bit TIFF")
+        return
     if channels == 2:  # OpenCV writes no grey with alpha, and RGB may have no profile for grey
         array, icc = array[..., [0, 0, 0, 1]], None
         if picture.icc:
@@ -299,7 +294,7 @@ def _write_deep_png(path: Path, array: np.ndarray, picture: Picture) -> None:
     elif channels > 2:
         to_bgr = cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGBA2BGRA
         cv2.cvtColor(array, to_bgr, dst=array)
-    exif = picture.exif.removeprefix(b"Exif\0\0")
+    exif = picture.exif.tobytes().removeprefix(b"Exif\0\0") if picture.exif else None
     blobs = {cv2.IMAGE_METADATA_ICCP: icc, cv2.IMAGE_METADATA_EXIF: exif}
     chunks = {kind: np.frombuffer(blob, np.uint8) for kind, blob in blobs.items() if blob}
     if not cv2.imwriteWithMetadata(str(path), array, list(chunks), list(chunks.values())):

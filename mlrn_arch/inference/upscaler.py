@@ -104,10 +104,8 @@ class Upscaler:
         if isinstance(image, Tensor):
             if image.ndim != 4 or not image.is_floating_point():
                 raise ValueError("a tensor must be floating-point and (n, c, h, w)")
-            outputs = [
-                torch.cat(list(self.bands(one.movedim(0, -1)))).movedim(-1, 0) for one in image
-            ]
-            return torch.stack(outputs).to(image)
+            outputs = [torch.cat(list(self.bands(one.movedim(0, -1)))) for one in image]
+            return torch.stack(outputs).movedim(-1, 1).to(image)
         if isinstance(image, Image.Image):
             if image.mode not in ("L", "LA", "RGB", "RGBA"):
                 raise ValueError(f"a PIL image of mode {image.mode}; use image.convert('RGB')")
@@ -135,17 +133,12 @@ class Upscaler:
         floating = image.is_floating_point()
         known = floating or image.dtype in (torch.uint8, torch.uint16)
         if not known or image.ndim != 3 or not 1 <= image.shape[2] <= 4 or not image.numel():
+            must = "(h, w) or (h, w, c) with c from 1 to 4, uint8, uint16 or floating-point"
             hint = ", so transpose it: image.transpose(1, 2, 0)" * (image.shape[:1] == (3,))
-            raise ValueError(
-                "an image must be (h, w) or (h, w, c) with 1 to 4 channels, uint8, uint16 or "
-                f"floating-point, not {tuple(image.shape)} {image.dtype}{hint}"
-            )
-        if floating:
-            low, high = (float(value) for value in image.aminmax())
-            if not (low >= -0.5 and high <= 1.5):
-                raise ValueError(
-                    f"floating-point values must be in [0, 1], not from {low:g} to {high:g}"
-                )
+            raise ValueError(f"{must}, not {tuple(image.shape)} {image.dtype}{hint}")
+        low, high = image.aminmax() if floating else (0, 1)
+        if not (low >= -0.5 and high <= 1.5):
+            raise ValueError(f"floats must be in [0, 1], not from {low:g} to {high:g}")
         size = image.shape[:2]
         for dim, side in enumerate(size):
             if side < MIN_SIZE:  # continue it as in mirrors, the edge repeated
@@ -295,19 +288,16 @@ def quantise(band: Tensor, dtype: np.dtype) -> np.ndarray:
 
 def _probe(network: nn.Module) -> tuple[int, int]:
     """The channels that a network takes, 3 or 1, and its scale, by trying."""
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    faults = []
-    for channels in (3, 1):
+    device, faults = next((p.device for p in network.parameters()), torch.device("cpu")), []
+    for shape in ((1, 3, MIN_SIZE, MIN_SIZE), (1, 1, MIN_SIZE, MIN_SIZE)):
         try:
             with torch.inference_mode():
-                shape = network(torch.zeros(1, channels, MIN_SIZE, MIN_SIZE, device=device)).shape
+                output = tuple(network(torch.zeros(shape, device=device)).shape)
         except Exception as error:  # each network refuses in its own way
             faults.append(first_line(error))
             continue
-        scale = shape[-1] // MIN_SIZE
-        if scale and tuple(shape) == (1, channels, scale * MIN_SIZE, scale * MIN_SIZE):
-            return channels, scale
-        faults.append(f"it returns {tuple(shape)}")
-    raise UserError(
-        f"{type(network).__name__} does not upscale single RGB or Y images: {faults[0]}"
-    )
+        scale = output[-1] // MIN_SIZE
+        if scale and output == (*shape[:2], scale * MIN_SIZE, scale * MIN_SIZE):
+            return shape[1], scale
+        faults.append(f"it returns {output} for {shape}")
+    raise UserError(f"{type(network).__name__} does not upscale RGB or Y images: {faults[0]}")

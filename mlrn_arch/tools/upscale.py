@@ -40,13 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("inputs", nargs="*", metavar="INPUT", help="image, folder of images or quoted pattern")
     add("-i", "--input", action="append", default=[], metavar="INPUT", help="the same")
     add("-r", "--recursive", action="store_true", help="sub-folders too, which -o then has as well")
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("upscaled"),
-        help="folder for NAME_x4.EXT, or for one input the file itself (default: %(default)s)",
-    )
+    default = Path("upscaled")
+    add("-o", "--output", type=Path, default=default, help="folder, or for one input a file")
     add("--scale", type=int, choices=(2, 3, 4), help="default: 4, or that of --weights")
     add("--network", "--opt", metavar="NETWORK", help="default: the shipped MLRN; see below")
     add("--weights", metavar="FILE", help="a checkpoint in place of the network's own")
@@ -66,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 {sources.FORMS}
 
 A folder stands for the images in it, with -r for those in its sub-folders too, without earlier
-outputs. Existing outputs count as done. Names carry no network: another network needs another -o.
+outputs. Outputs are named upscaled/NAME_x4.EXT, or OUTPUT/NAME_x4.EXT with -o OUTPUT. Existing ones
+count as done. Names carry no network: another network needs another -o.
 16-bit images are rounded to 8 bits for JPEG, WebP and BMP; lossless WebP stays lossless.
 Animations: only the first frame is used.
 Exit code: 0 all done, 1 some failed, 2 nothing done."""
@@ -86,16 +82,10 @@ def run(args: argparse.Namespace) -> int:
     since = time.monotonic()
     pixels = {path: image_files.size(path) for path in inputs}
     few = sum(pixels.values()) * (8 if args.self_ensemble else 1) < FEW_PIXELS
-    upscaler = Upscaler(
-        args.network,
-        scale=args.scale,
-        weights=args.weights,
-        backend=args.backend or ("torch" if few else None),
-        device=args.device,
-        precision=args.precision,
-        tile=args.tile,
-        self_ensemble=args.self_ensemble,
-    )
+    names = ("scale", "weights", "device", "precision", "tile", "self_ensemble")
+    options = {name: getattr(args, name) for name in names}
+    backend = args.backend or ("torch" if few else None)
+    upscaler = Upscaler(args.network, backend=backend, **options)
     jobs, clashes = _outputs(inputs, args, upscaler.scale)
     for fault in faults + clashes:
         print(f"mlrn upscale: {fault}", file=sys.stderr)
@@ -134,10 +124,7 @@ def _advance(bar: tqdm, start: int, pixels: int, share: float) -> None:
 def _find(
     names: list[str], recursive: bool, output: Path
 ) -> tuple[dict[Path, Path | None], list[str]]:
-    """The image files that the arguments stand for, each once, and what is wrong with the rest.
-
-    A file found in a folder comes with its folder below that one; a file named itself with None.
-    """
+    """Image files, each with its folder below the one named, or None; and what was not found."""
     files: dict[Path, tuple[Path, Path | None]] = {}
     faults = []
     for name in names:
@@ -153,8 +140,8 @@ def _find(
                 if file.suffix.lower() in image_files.FORMATS or image_files.size(file)
             ]
         else:
-            paths = map(Path, glob.glob(name, recursive=True) or [name])
-            found = [file for file in paths if file.is_file()]
+            matches = [name] if path.exists() else glob.glob(name, recursive=True)
+            found = [file for file in map(Path, matches) if file.is_file()]
         if not found:
             faults.append(f"{name}: {'no images in it' if path.is_dir() else 'no such file'}")
         for file in sorted(found):
@@ -166,11 +153,7 @@ def _find(
 def _outputs(
     inputs: dict[Path, Path | None], args: argparse.Namespace, scale: int
 ) -> tuple[dict[Path, Path], list[str]]:
-    """The output of each input, its folder made, and the reasons why inputs have none.
-
-    Raises:
-        UserError: -o cannot be used.
-    """
+    """The output of each input, its folder made, and the reasons why inputs have none."""
     ending, is_file = args.output.suffix.lower(), False
     if not args.output.is_dir():
         is_file = ending in image_files.FORMATS
@@ -212,11 +195,7 @@ def _outputs(
 def _upscale(
     upscaler: Upscaler, path: Path, output: Path, quality: int, progress: Callable[[float], object]
 ) -> list[str]:
-    """Upscale one file; returns what of it is not in the output.
-
-    Raises:
-        BadImage: It cannot be read, held in memory or written.
-    """
+    """Upscale one file; returns what of it is not in the output."""
     picture = image_files.read(path)
     height, width, channels = picture.array.shape
     shape = (height * upscaler.scale, width * upscaler.scale, channels)
