@@ -51,10 +51,7 @@ class FastPairedImageDataset(PairedImageDataset):
         return {"lq": lq, "gt": gt, **paths}
 
     def _value(self, stack: contextlib.ExitStack, key: str, path: str) -> bytes | memoryview:
-        """An encoded image; of an LMDB a view that is valid while `stack` is open.
-
-        BasicSR's reader copies the whole value. Of a view only what is cropped is read from disk.
-        """
+        """An encoded image; of an LMDB a view, valid while `stack` is open, that copies nothing."""
         if not isinstance(self.file_client.client, LmdbBackend):
             return self.file_client.get(path, key)
         environment = self.file_client.client._client[key]

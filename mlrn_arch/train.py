@@ -24,9 +24,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as an option file says; raises `UserError` for a fault in it.
-
-    Returns 0, or 1 if a validation failed."""
+    """Train as an option file says, or raise `UserError`; returns 1 if a validation failed."""
     opt, args, notes = options.read("train", argv)
     fast = issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel)
     if fast:

@@ -19,9 +19,8 @@ class Muon(torch.optim.Adam):
 
     Args:
         inner: Muon's weights, of at least two dimensions; see `inner_weights`.
-        rest: Adam's parameters.
+        rest, biases: Adam's parameters.
         lr: Learning rate, the root mean square of what a step adds to a weight; Adam's fit.
-        biases: More parameters of Adam's, with a learning rate of their own.
         bias_lr: Learning rate of `biases`; `lr` by default. In the image range [0, 255] features
             are 255 times as large as in [0, 1], and biases have as far to go.
         momentum: Of Muon's gradient, in Nesterov's form.

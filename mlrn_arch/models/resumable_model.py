@@ -202,19 +202,16 @@ class ResumableModel(SRModel):
             self.saved = resume_state["epoch"], done
         now = _flat(self.started_with)
         before = _flat(resume_state.get("started_with", now))
-        for key in {**before, **now}:
-            if (old := before.get(key)) != (new := now.get(key)):
-                get_root_logger().warning(f"Resuming with another {key}: {old} -> {new}")
+        for key in [key for key in before | now if before.get(key) != now.get(key)]:
+            change = f"{before.get(key)} -> {now.get(key)}"
+            get_root_logger().warning(f"Resuming with another {key}: {change}")
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Load the optimizer's moments; its settings stay those of the option file."""
-        groups = self.optimizer_g.param_groups
+        groups = zip(saved["param_groups"], self.optimizer_g.param_groups, strict=False)
+        settings = [{**group, "params": saved_group["params"]} for saved_group, group in groups]
         try:
-            saved_groups = [
-                {**group, "params": saved_group["params"]}
-                for saved_group, group in zip(saved["param_groups"], groups, strict=False)
-            ]
-            self.optimizer_g.load_state_dict({**saved, "param_groups": saved_groups})
+            self.optimizer_g.load_state_dict({**saved, "param_groups": settings})
             for param, state in self.optimizer_g.state.items():
                 if self.opt["train"]["optim_g"].get("amsgrad"):  # which may be new
                     state.setdefault("max_exp_avg_sq", torch.zeros_like(param))
