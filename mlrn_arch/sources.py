@@ -188,7 +188,7 @@ def _of_checkpoint(name: str, path: str) -> Source:
         network_g = checkpoints.deduce(checkpoint, path)
     except ValueError as error:
         file = _file_for(checkpoints.state_dict(checkpoint))
-        way = f"its network is {file}'s: write {file}:{path}" if file else "name its option file"
+        way = f"as NETWORK give {file}:{path}" if file else "name its option file as well"
         raise UserError(f"{path}: {error}; {way}") from None
     return Source(name, network_g, path, scale=network_g.get("upscale"))
 

@@ -150,7 +150,7 @@ def test_a_checkpoint_of_another_network_is_told(network):
     torch.save(RLFN(upscale=3).state_dict(), "rlfn.pth")
     with pytest.raises(UserError) as caught:
         sources.load(None, "rlfn.pth")
-    way = str(caught.value).rpartition(" write ")[2]
+    way = str(caught.value).rpartition(" give ")[2]
     assert way == "mlrn://baselines/test_RLFN_x3:rlfn.pth" and sources.load(way)
 
 
