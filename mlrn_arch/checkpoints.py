@@ -85,11 +85,12 @@ def state_dict(
 ) -> StateDict:
     """The weights in a checkpoint: those under `key`, else the EMA weights. All verbs go by this.
 
+    A checkpoint is `{"params": ..., "params_ema": ...}` as BasicSR saves it, a bare state dict, or
+    one under any other key. As in BasicSR, one without `key` gives its `params`. `module.`
+    (DataParallel) and `_orig_mod.` (torch.compile) are taken off the names.
+
     Args:
-        checkpoint: `{"params": ..., "params_ema": ...}` as BasicSR saves it, a bare state dict, or
-            a state dict under any one key. `module.` (DataParallel) and `_orig_mod.`
-            (torch.compile) are taken off the names.
-        key: `path:param_key_g`. As in BasicSR, a file without this key gives its `params`.
+        key: `path:param_key_g`.
         path: The file's name, for messages.
         notes: Gets a line for each choice that was made.
 
@@ -98,13 +99,14 @@ def state_dict(
     """
     notes = [] if notes is None else notes
     kinds = [name for name, value in checkpoint.items() if _is_state(value)]
+    listed = ", ".join(map(str, kinds))
     taken = next((k for k in (key or EMA, "params", EMA) if k in checkpoint), None)
     if taken is None and not _is_state(checkpoint):
         if len(kinds) > 1:
-            raise UserError(f"{path} holds the weights {', '.join(kinds)}; choose by {PARAM_KEY}")
+            raise UserError(f"{path} holds the weights {listed}; choose by {PARAM_KEY}")
         taken = next(iter(kinds), None)
     elif len(kinds) > 1:
-        notes.append(f"{path}: took {taken}; {PARAM_KEY} chooses among {', '.join(kinds)}")
+        notes.append(f"{path}: took {taken}; {PARAM_KEY} chooses among {listed}")
     state = checkpoint if taken is None else checkpoint[taken]
     if not _is_state(state):
         raise UserError(f"{path} holds no state dict; give a checkpoint of the network")
@@ -133,16 +135,14 @@ def load(
     arguments: dict[str, Any] | None = None,
     convert: bool = True,
 ) -> list[str]:
-    """Load a checkpoint into a network. All weights go through here.
+    """Load a checkpoint into a network, in place; all weights go through here.
 
     Args:
-        network: Changed in place.
         path, key: As `read` and `state_dict` take them.
         strict: Whether all tensors must be there. Those that are must fit in any case.
         arguments: The network's, as `networks.build` returns them, to compare with what the
             checkpoint notes. Without them only the image range is compared.
-        convert: Whether MLRN's weights of another image range are converted, to the same function
-            of the network's own range, or refused.
+        convert: Whether MLRN's weights of another image range are converted, or refused.
 
     Returns:
         A line for each choice, conversion and tensor left out.
@@ -154,26 +154,22 @@ def load(
     state, own = state_dict(read(path), key, path, notes), network.state_dict()
     kind = type(network).__name__
 
-    def listed(names: list[str]) -> str:
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        return ", ".join(names[:4]) + more
-
-    parts = []
-    if missing := [k for k in own if k not in state]:
-        parts.append(f"it lacks {listed(missing)}")
-    if extra := [k for k in state if k not in own]:
-        parts.append(f"the network has no {listed(extra)}")
-    fits = not (parts and strict) and (len(missing) < len(own) or not own)
-    if shapes := [
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    shapes = [
         f"{k} ({tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the network)"
         for k in own
         if k in state and state[k].shape != own[k].shape
-    ]:
-        parts.append(f"other shapes: {listed(shapes)}")
-    if shapes or not fits:
-        raise UserError(f"{path} is not a checkpoint of this {kind}: {'; '.join(parts)}")
-    if parts:
-        notes.append(f"{path} does not fit whole (strict_load is false): {'; '.join(parts)}")
+    ]
+    problems = {"it lacks ": missing, "the network has no ": extra, "other shapes: ": shapes}
+    misfit = "; ".join(
+        what + ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
+        for what, names in problems.items()
+        if names
+    )
+    if shapes or (misfit and strict) or (own and len(missing) == len(own)):
+        raise UserError(f"{path} is not a checkpoint of this {kind}: {misfit}")
+    if misfit:
+        notes.append(f"{path} does not fit whole (strict_load is false): {misfit}")
 
     ours = arguments or {"img_range": getattr(network, "img_range", None)}
     parameters = inspect.signature(type(network)).parameters.values()
@@ -253,9 +249,8 @@ def deduce(checkpoint: dict[str, Any], path: str = "the checkpoint") -> dict[str
     num_block = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
     # The output has num_out_ch * upscale**2 channels; as many colours as come in, if that fits.
     num_out_ch = next((c for c in (num_in_ch, 3, 1) if math.isqrt(out // c) ** 2 * c == out), out)
-    mixer = "convmix" if "body.0.mixer.depthwise.weight" in state else "pointwise"
-    if "body.0.mixer.pointwise.weight" not in state:
-        mixer = "none"
+    kinds = {"depthwise": "convmix", "pointwise": "pointwise"}
+    mixer = next((kinds[k] for k in kinds if f"body.0.mixer.{k}.weight" in state), "none")
     return {
         "type": "MLRN",
         "num_in_ch": num_in_ch,

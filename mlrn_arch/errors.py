@@ -29,17 +29,12 @@ def unknown(name: object, known: Iterable[object]) -> str:
 
 
 def run(name: str, main: Callable[[], int | None]) -> int:
-    """Run an entry point and return its exit code: 2 for a `UserError`, 130 for Ctrl-C.
-
-    Args:
-        name: What the message starts with, such as `mlrn train`.
-        main: The work; what it returns is the exit code (None is 0).
-    """
+    """Run an entry point, such as `mlrn train`; exit code 2 for a `UserError`, 130 for Ctrl-C."""
     try:
         return main() or 0
     except UserError as error:
-        # Each of several processes finds the same fault in an option file, and one tells it. Once
-        # they have joined, what goes wrong is a process's own.
+        # All processes find the same fault in an option file: only the first reports it. Once
+        # they have joined, each reports its own.
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         torch = sys.modules.get("torch")
         if rank == "0" or (torch and torch.distributed.is_initialized()):

@@ -61,16 +61,14 @@ def too_fast(network: nn.Module, lr: float) -> str | None:
 def inherit(network: MLRN, state: StateDict, img_range: float) -> None:
     """Start a network from trained weights: from RLFN's with the mixers to be learned.
 
-    RLFN's block differs from MLRN's in its third 3x3 convolution, which became the mixer, and in
-    its activation. All else is taken over: with those two put back, the network computes what
-    RLFN computes, except within 2 pixels of the border, where zero padding and replication
-    differ. Of channels that RLFN lacks, `num_in_ch` carry the input to the upsampler, which
-    subtracts what the bilinear branch adds. The mixer starts as the middle of the convolution.
+    RLFN's block has a third 3x3 convolution in place of the mixer, and another activation. All else
+    is taken over: with those two put back, the network computes what RLFN computes, except within
+    2 pixels of the border, where zero padding and replication differ. `num_in_ch` of the channels
+    that RLFN lacks carry the input to the upsampler, which subtracts what the bilinear branch
+    adds. The mixer starts as the middle of the convolution.
 
     Args:
-        network: Of any scale and image range, changed in place. With the mixer `convmix` or
-            `pointwise`, as many blocks as `state` and at least as many features; with the
-            bilinear branch, at least `num_in_ch` more.
+        network: Of any scale and image range, changed in place.
         state: Of RLFN, or of an MLRN with the same arguments but for `upscale` and `img_range`.
         img_range: The image range that `state` computes in: 255 for RLFN's published weights.
 

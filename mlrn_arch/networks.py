@@ -73,14 +73,9 @@ def make(where: str, registry: Registry, opt: Options) -> torch.nn.Module:
 
 
 def input_channels(network: torch.nn.Module, arguments: Options | None = None) -> int | None:
-    """Channels of the images that a network takes; None if nothing in it says.
-
-    Args:
-        network: As `build` returns it.
-        arguments: Those of the network, if they are known. Its first convolution may see more
-            channels, behind a pixel-unshuffle.
-    """
+    """Channels of the images that a network takes; None if neither it nor its arguments say."""
     arguments = arguments or {}
+    # The first convolution may see more channels, behind a pixel-unshuffle.
     for key in ("num_in_ch", "in_chans", "in_channels", "input_channels"):
         if key in arguments:
             return arguments[key]
