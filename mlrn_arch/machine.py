@@ -19,11 +19,7 @@ DEVICES = ("cpu", "cuda", "mps")
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of that name; None means a GPU if there is one, else the CPU.
-
-    Raises:
-        UserError: Torch finds no such GPU.
-    """
+    """The device of that name; None means a GPU if there is one, else the CPU."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     no_cuda = device.type == "cuda" and not torch.cuda.is_available()
     if no_cuda or (device.type == "mps" and not torch.backends.mps.is_available()):

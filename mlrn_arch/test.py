@@ -17,11 +17,7 @@ from mlrn_arch.models.validation import build_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Test as an option file says and print a table of the scores; returns 0.
-
-    Raises:
-        UserError: The option file or an image has a fault.
-    """
+    """Test as an option file says and print a table of the scores; returns 0."""
     opt, args, notes = options.read("test", argv)
     metrics = list(opt["val"].get("metrics", {}))
     rows = [["set", "images", *metrics]]
@@ -32,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def validation(loader: Any, **kwargs: Any) -> None:
             validate(loader, **kwargs)
-            found = getattr(model, "metric_results", {})  # with several processes, the first's
+            found = getattr(model, "metric_results", {})  # of the first process, if there are more
             scores = [f"{found[name]:.4f}" if name in found else "-" for name in metrics]
             rows.append([loader.dataset.opt["name"], str(len(loader.dataset)), *scores])
 
@@ -43,11 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with machine.exact_fp32():
         compat.run_pipeline("test", opt, args, notes, **replaced)
     if opt["rank"] == 0:
-        what = "images and log" if opt["val"]["save_img"] else "log"
-        print(f"{what}: {os.path.relpath(opt['path']['results_root'])}", file=sys.stderr)
-        width = max(len(row[0]) for row in rows)
+        print(f"results: {os.path.relpath(opt['path']['results_root'])}", file=sys.stderr)
         for name, *cells in rows:
-            print(f"{name:{width}}" + "".join(f"  {cell:>8}" for cell in cells))
+            print(f"{name:12}" + "".join(f" {cell:>9}" for cell in cells))
     return 0
 
 

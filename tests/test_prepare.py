@@ -22,9 +22,8 @@ from basicsr.utils import img2tensor, tensor2img
 from conftest import REPOSITORY
 from PIL import Image
 
-from mlrn_arch import options, plugins
+from mlrn_arch import machine, options, plugins
 from mlrn_arch.errors import UserError
-from mlrn_arch.inference import backends
 from mlrn_arch.inference.resize import imresize
 from mlrn_arch.tools import prepare
 from mlrn_arch.tools.prepare import stream, training
@@ -606,7 +605,7 @@ def compact(tmp_path) -> tuple[str, str]:
 def test_a_teachers_output_in_place_of_hr(photos, tmp_path, compact, known_by, monkeypatch):
     if known_by == "spandrel":
         pytest.importorskip("spandrel")
-    monkeypatch.setattr(backends, "computes_in_bf16", lambda *_: False)
+    monkeypatch.setattr(machine, "computes_in_bf16", lambda *_: False)
     teacher = compact[known_by == "spandrel"]
     sizes = ["--crop-size", 24, "--step", 24, "--shrink", 3, 4]
     assert run(photos, tmp_path / "D", "--scale", 2, "--teacher", teacher, *sizes) == 0

@@ -61,12 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the file or the folder, and print what it is.
-
-    Raises:
-        UserError: Arguments contradict each other, the network or its weights cannot be loaded, a
-            package is missing, or the network cannot be exported or then differs from PyTorch.
-    """
+    """Write the file or the folder, and print what it is."""
     output, form = args.output, args.output.suffix
     if args.ntire is None and form not in FORMS:
         raise UserError(f"{output} has none of the endings {', '.join(FORMS)}")
@@ -131,10 +126,7 @@ def _write_onnx(network: nn.Module, network_g: dict[str, Any], opset: int, file:
 
 
 def _write_ntire(network: nn.Module, network_g: dict[str, Any], team: int, folder: Path) -> None:
-    """Write the files in the naming of the challenge's repository, whose test_demo.py loads them.
-
-    Source: github.com/ofsoundof/NTIRE2023_ESR.
-    """
+    """Write the files that test_demo.py of github.com/ofsoundof/NTIRE2023_ESR loads."""
     name = type(network).__name__
     stem = f"team{team:02}_{name}"
     arguments = ", ".join(f"{k}={v!r}" for k, v in network_g.items() if k != "type")
@@ -155,11 +147,7 @@ def _write_ntire(network: nn.Module, network_g: dict[str, Any], team: int, folde
 
 
 def standalone(network_class: type[nn.Module]) -> str:
-    """The source of a network of this package as one module that imports torch alone.
-
-    Raises:
-        UserError: The network is not of this package.
-    """
+    """The source of a network of this package as one module that imports torch only."""
     if not network_class.__module__.startswith("mlrn_arch.archs."):
         raise UserError(f"{network_class.__name__} is not a network of mlrn_arch")
     sources: dict[str, str] = {}  # by module, each behind those that it imports

@@ -2,9 +2,9 @@
 
     mlrn options train_MLRN_x4 > my.yml
 
-`-opt mlrn://train_MLRN_x4` runs one as it stands. Those in folders are named as
-ablation/train_MLRN_x2_wo_ConvMix. What each is for is in options/README.md. The first line of a
-printed file names the schema by which an editor completes and checks it.
+`mlrn train -opt mlrn://train_MLRN_x4` uses one as it is, `-opt mlrn://ablation/NAME` one in a
+folder. options/README.md describes them. The first line of a printed file names the schema with
+which an editor completes and checks it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.name:
         text = shipped.option_file(shipped.PREFIX + args.name).read_text(encoding="utf-8")
-        print(
-            re.sub(r"(?<=\$schema=)(\.\./)*schema\.json", schema.as_posix(), text, count=1), end=""
-        )
+        print(re.sub(r"(?<=\$schema=)[./]*schema\.json", schema.as_posix(), text, count=1), end="")
         return
     for name, path in shipped.option_files().items():
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,9 +1,8 @@
 """List the shipped checkpoints: what they were trained on and what they score.
 
 PSNR [dB] and SSIM on Y, as `mlrn test` computes them, with the difference to the paper's figures.
---json has the stages of the training, in order.
-Option files take a checkpoint as `pretrain_network_g: mlrn://x4`, Python code as
-`mlrn_arch.create_model("MLRN_x4", pretrained=True)`.
+--json also prints the stages of the training. A checkpoint is named mlrn://x4 in option files and
+on the command line; in Python, `mlrn_arch.create_model("MLRN_x4", pretrained=True)` loads it.
 """
 
 from __future__ import annotations
@@ -26,17 +25,15 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(known, indent=2))
         return
     for entry in known:
-        name = f"{shipped.PREFIX}{entry['name'].removeprefix('MLRN_')}"
         stages = len(entry["recipe"])
-        print(f"{name:16} {entry['iterations']:,} iterations in {stages} stages on {entry['data']}")
+        lines = [f"{entry['iterations']:,} iterations in {stages} stages on {entry['data']}"]
         for dataset, score in entry["scores"].items():
-            line = f"{score['PSNR']:.2f} / {score['SSIM']:.4f}"
+            lines.append(f"{dataset:6} {score['PSNR']:.2f} / {score['SSIM']:.4f}")
             if paper := entry["paper"].get(dataset):
-                line += f"   paper {paper['PSNR']:.2f} / {paper['SSIM']:.4f}"
-                line += f"   difference {score['PSNR'] - paper['PSNR']:+.2f}"
-                line += f" / {score['SSIM'] - paper['SSIM']:+.4f}"
-            print(f"{'':16} {dataset:6} {line}")
-        if inherited := entry.get("inherited"):
-            print(f"{'':16} {inherited}")
-        print(f"{'':16} licence {entry['licence']}")
-        print(f"{'':16} file    {entry['file']}")
+                lines[-1] += f"   paper {paper['PSNR']:.2f} / {paper['SSIM']:.4f}   difference "
+                lines[-1] += f"{score['PSNR'] - paper['PSNR']:+.2f} / "
+                lines[-1] += f"{score['SSIM'] - paper['SSIM']:+.4f}"
+        lines += [entry["inherited"]] * ("inherited" in entry)
+        lines += [f"licence {entry['licence']}", f"file    {entry['file']}"]
+        name = f"{shipped.PREFIX}{entry['name'].removeprefix('MLRN_')}"
+        print("\n".join(f"{name * (i == 0):16} {line}" for i, line in enumerate(lines)))
