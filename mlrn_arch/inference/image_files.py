@@ -120,6 +120,8 @@ def _read(path: Path) -> Picture:
         is_srgb = {"icc_profile", "srgb"} & image.info.keys() or np.allclose(found, _SRGB, 0.01)
         if not is_srgb or image.format == "PNG" and b"cICP" in data.partition(b"IDAT")[0]:
             notes.append("without its gAMA, cHRM or cICP chunk, so its colours may look different")
+        if getattr(image, "text", None):
+            notes.append("without its text")
         exif = image.getexif()  # after loading, which turns a TIFF
         turn = 1 if image.format == "TIFF" else exif.get(_ORIENTATION, 1)
         picture = _picture(array, turn, icc, exif, notes)
