@@ -21,7 +21,7 @@ from basicsr.utils.registry import (
 
 from mlrn_arch import checkpoints, networks
 from mlrn_arch.compat import newest_states
-from mlrn_arch.dataset_checks import absent_sets, check_paired, check_root, lmdb_fault  # noqa: F401
+from mlrn_arch.dataset_checks import absent_sets, check_paired, check_root
 from mlrn_arch.errors import UserError, unknown
 from mlrn_arch.inherit import inherit_weights, too_fast
 from mlrn_arch.machine import missing

@@ -15,7 +15,6 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
-import tifffile
 import torch
 from basicsr.archs import build_network
 from basicsr.utils import img2tensor, tensor2img
@@ -176,21 +175,6 @@ def test_every_kind_of_image_and_what_is_said_of_it(tmp_path, capsys):
     assert "3 with transparency" in said and f"{len(expected) + 1} of {len(expected) + 1}" in said
 
 
-def test_deep_tiffs_that_opencv_misreads(tmp_path):
-    source = tmp_path / "in"
-    source.mkdir()
-    rgb = photo(24, 24)[..., ::-1]
-    deep = rgb.astype(np.uint16) * 257
-    tifffile.imwrite(source / "negative.tif", 65535 - deep[..., 0], photometric="miniswhite")
-    planes = deep.transpose(2, 0, 1)
-    tifffile.imwrite(source / "planes.tif", planes, photometric="rgb", planarconfig="separate")
-    run(source, tmp_path / "D", "--crop-size", 24, "--step", 24)
-    hr = records(tmp_path / "D" / "D_train_HR_sub.lmdb")
-    grey = np.repeat(rgb[..., :1], 3, axis=-1)
-    np.testing.assert_array_equal(decoded(hr["negative_s001"]), grey)
-    np.testing.assert_array_equal(decoded(hr["planes_s001"])[..., ::-1], rgb)
-
-
 def test_keys_are_safe_unique_and_steady(tmp_path):
     source = tmp_path / "in"
     source.mkdir()
@@ -341,45 +325,42 @@ def test_lmdbs_that_are_not_ours_or_broken(photos, tmp_path, damage):
         run(photos, out, *SMALL)
 
 
-def test_the_command_to_train(photos, tmp_path, mlrn_here, monkeypatch):
-    """Short where the option file expects the data, and one that training accepts."""
+def test_the_commands_to_train(photos, tmp_path, mlrn_here, monkeypatch):
+    """Training accepts them; they are short where the option files expect the data."""
     (tmp_path / "options").symlink_to(REPOSITORY / "options")
     monkeypatch.chdir(tmp_path)
     cv2.imwrite(str(photos / "0003.png"), photo(480, 480))
-    for out, lines in (
-        ("datasets/photos", ["mlrn train -opt options/finetune_MLRN_x4.yml"]),
-        (
-            "datasets/DIV2K",
-            [
-                "mlrn train -opt options/finetune_MLRN_x4.yml --force_yml "
-                "datasets:train:dataroot_gt=datasets/DIV2K/DIV2K_train_HR_sub.lmdb "
-                "datasets:train:dataroot_lq=datasets/DIV2K/DIV2K_train_LR_bicubic_X4_sub.lmdb",
-                "mlrn train -opt options/train_MLRN_x4.yml",
-            ],
-        ),
-    ):
-        code, said, _ = mlrn_here("prepare", photos, out, "--scale", 4)
-        assert (
-            code == 1 and [line.strip() for line in said.splitlines() if "  mlrn" in line] == lines
-        )
-        for line in lines:
-            options.read(
-                "train", [*shlex.split(line)[2:], "--force_yml", "datasets:val=none", "val=none"]
-            )
 
+    def commands(name: str) -> list[list[str]]:
+        code, said, _ = mlrn_here("prepare", photos, f"datasets/{name}", "--scale", 4)
+        assert code == 1  # the small ones are left out
+        return [shlex.split(line)[3:] for line in said.splitlines() if "  mlrn train" in line]
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("many")
-    for i in range(30):
-        cv2.imwrite(str(folder / f"{i:04d}.bmp"), photo(360, 480, i))
-    return folder
+    finetune, scratch = "options/finetune_MLRN_x4.yml", "options/train_MLRN_x4.yml"
+    lmdbs = (
+        "datasets:train:dataroot_gt=datasets/DIV2K/DIV2K_train_HR_sub.lmdb",
+        "datasets:train:dataroot_lq=datasets/DIV2K/DIV2K_train_LR_bicubic_X4_sub.lmdb",
+    )
+    no_test_set = "datasets:val=none", "val=none"
+    given = commands("photos") + commands("DIV2K")
+    assert given == [
+        [finetune, "--force_yml", *no_test_set],
+        [finetune, "--force_yml", *lmdbs, *no_test_set],
+        [scratch, "--force_yml", *no_test_set],
+    ]
+    for arguments in given:
+        options.read("train", ["-opt", *arguments])
+    Path("datasets/Set5/GTmod4").mkdir(parents=True)
+    assert commands("photos") == [[finetune]]
 
 
 @pytest.mark.slow
-def test_killed_runs_continue_to_the_same_records(many, tmp_path):
-    whole = tmp_path / "whole" / "D"
-    settings = ("--crop-size", "120", "--step", "36", "--workers", "1")
+def test_killed_runs_continue_to_the_same_records(tmp_path):
+    many, whole = tmp_path / "many", tmp_path / "whole" / "D"
+    many.mkdir()
+    for i in range(13):
+        cv2.imwrite(str(many / f"{i:04d}.bmp"), photo(120, 180, i))
+    settings = ("--crop-size", "120", "--step", "60", "--workers", "1")
     assert run(many, whole, *settings) == 0
 
     out = tmp_path / "D"

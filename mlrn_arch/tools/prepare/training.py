@@ -21,7 +21,7 @@ import lmdb
 import numpy as np
 
 from mlrn_arch import option_files, plugins, shipped, sources
-from mlrn_arch.checks import lmdb_fault
+from mlrn_arch.dataset_checks import lmdb_fault
 from mlrn_arch.errors import UserError
 from mlrn_arch.files import atomic_write
 from mlrn_arch.inference.image_files import BadImage
@@ -260,15 +260,18 @@ def _move_into_place(unfinished: Path, lmdbs: Iterable[Path]) -> None:
 def _print_commands(lmdbs: dict[int, Path], args: argparse.Namespace) -> None:
     """Print how to fine-tune on the LMDBs, and from scratch if an option file names them."""
     scale = max(lmdbs)
+    own = {"dataroot_gt": str(lmdbs[1]), "dataroot_lq": str(lmdbs[scale])}
     for kind, purpose in (("finetune", "fine-tune"), ("train", "train from scratch")):
         file = shipped.usual_file(f"{kind}_MLRN_x{scale}")
-        train = option_files.load_yaml(file)["datasets"]["train"]
-        own = {"dataroot_gt": str(lmdbs[1]), "dataroot_lq": str(lmdbs[scale])}
-        own["gt_size"] = min(train["gt_size"], args.crop_size)
-        changes = [f"datasets:train:{k}={v}" for k, v in own.items() if v != train[k]]
-        if kind == "finetune" or not changes:
-            force = " --force_yml " * bool(changes) + shlex.join(changes)
-            print(f"to {purpose} on it:\n  mlrn train -opt {file}{force}")
+        datasets = option_files.load_yaml(file)["datasets"]
+        own["gt_size"] = min(datasets["train"]["gt_size"], args.crop_size)
+        changes = [f"datasets:train:{k}={v}" for k, v in own.items() if v != datasets["train"][k]]
+        if changes and kind == "train":
+            return
+        if not Path(datasets["val"]["dataroot_gt"]).exists():
+            changes += ["datasets:val=none", "val=none"]
+        force = f" --force_yml {shlex.join(changes)}" if changes else ""
+        print(f"to {purpose} on it:\n  mlrn train -opt {file}{force}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
