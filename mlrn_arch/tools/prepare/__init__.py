@@ -46,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="distance between sub-images in pixels, a multiple of 12 (default: %(default)s, which "
         "stores every pixel about four times; 480 takes a quarter of the disk)")
     add("--format", choices=("png", "bmp"), default="png",
-        help="png is small; bmp is decoded tens of times faster and takes two to five times the "
-        "disk (default: %(default)s)")
+        help="png is small; bmp needs no decoding and takes more disk (default: %(default)s)")
     add("--teacher", metavar="NETWORK[:CHECKPOINT]",
         help="store this network's output in place of HR, for one --scale: a NETWORK as for `mlrn "
         "compare`, or any checkpoint that spandrel (`pip install spandrel`) can load")
