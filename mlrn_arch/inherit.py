@@ -52,8 +52,8 @@ def too_fast(network: nn.Module, lr: float) -> str | None:
             f"options/finetune_MLRN_x{network.upscale}.yml"
         )
     return (
-        f"the last layer's weights are about {size:.1e}, and each step at train:optim_g:lr {lr:g} "
-        f"would change them by as much, which destroys the network; {way}"
+        f"the last layer's weights are about {size:.1e}, and each step changes them by up to "
+        f"train:optim_g:lr {lr:g}, which destroys the network; {way}"
     )
 
 
