@@ -23,9 +23,9 @@ from mlrn_arch.networks import Options
 
 
 def absent_sets(datasets: Options) -> dict[str, str]:
-    """The data sets of which no folder exists, each with its first folder."""
+    """The datasets of which no folder exists, each with its first folder."""
     roots = {
-        key: [dataset[name] for name in ("dataroot_gt", "dataroot_lq") if dataset.get(name)]
+        key: [dataset[k] for k in ("dataroot_gt", "dataroot_lq") if isinstance(dataset.get(k), str)]
         for key, dataset in datasets.items()
     }
     return {k: r[0] for k, r in roots.items() if r and not any(os.path.exists(p) for p in r)}
@@ -112,7 +112,7 @@ def _pair_fault(lq: str, gt: str, scale: int) -> str | None:
         note = ", as turned by their EXIF orientation" * turned
         return f"{lq} is {low} and its gt {high}{note}: that is not x{scale}"
     if turned and _fits_better_unturned(lq, gt):
-        return f"{lq} and its gt show different sides up, as turned by their EXIF orientation"
+        return f"{lq} and its gt are turned differently by their EXIF orientation"
     return None
 
 

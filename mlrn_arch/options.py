@@ -1,8 +1,7 @@
-"""Reads an option file, has it checked, completes it and adapts it to the machine.
+"""Reads an option file, checks it, completes it and adapts it to the machine.
 
-BasicSR's `parse_options` lets an option file run code, lets `--force_yml` execute its keys and
-leaves every mistake to a traceback somewhere in the run. Here the file is read safely, all its
-faults are found first and told at once, and what this machine lacks is adapted.
+BasicSR's `parse_options` lets an option file run code, executes the keys of `--force_yml`, and
+leaves every mistake to a traceback during the run.
 """
 
 from __future__ import annotations
@@ -28,9 +27,8 @@ from mlrn_arch.models.fast_sr_model import FastSRModel
 from mlrn_arch.networks import Options
 from mlrn_arch.option_files import load_yaml, parse
 
-BY_NAME = """A network without an option file is tested by options/test_MLRN_x4.yml (x2, x3), or
-that of the package, with another network_g; one with a window_size as BasicSR's SwinIRModel, which
-pads images to it."""
+BY_NAME = """A network without an option file is tested like MLRN, by options/test_MLRN_x*.yml.
+If it has a window_size, BasicSR's SwinIRModel pads the images to it."""
 
 FORCE_YML: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY:KEY=VALUE"}
 
@@ -42,55 +40,47 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
         phase: `train` or `test`.
         argv: The command line after the verb; None takes `sys.argv`.
     """
+    is_train = phase == "train"
+    outputs = "experiments/ and tb_logger/" if is_train else "results/"
     parser = plugins.parser(
         f"mlrn {phase}",
-        "Run BasicSR's own pipeline on an option file. The file is checked first; outputs go "
-        "below the current directory: "
-        + ("experiments/ and tb_logger/." if phase == "train" else "results/."),
+        "Run BasicSR's own pipeline on an option file. The file is checked first.\n"
+        f"Outputs go to {outputs} in the current directory.",
     )
-    parser.add_argument(
-        "-opt", required=phase == "train", metavar="FILE", help="option file, or mlrn://NAME"
-    )
-    if phase == "test":
-        parser.add_argument(
-            "network", nargs="?", metavar="NETWORK", help="test this instead of an option file"
-        )
+    add = parser.add_argument
+    add("-opt", required=is_train, metavar="FILE", help="option file, or mlrn://NAME")
+    if not is_train:
+        add("network", nargs="?", metavar="NETWORK", help="test this instead of an option file")
         parser.epilog = f"{sources.FORMS}\n\n{BY_NAME}"
-    parser.add_argument(
+    add(
         "--launcher",
         choices=["none", "pytorch", "slurm"],
         default="none",
-        help="how several processes were started: `pytorch` for torchrun (noticed by itself)",
+        help="what started several processes; torchrun (`pytorch`) is found without this",
     )
-    if phase == "train":
-        parser.add_argument(
-            "--auto_resume",
-            action="store_true",
-            help="go on from the newest whole state of this experiment; start anew if it has none",
-        )
-        parser.add_argument(
+    hidden = None if is_train else argparse.SUPPRESS  # BasicSR's test.py has them, to no effect
+    add(
+        "--auto_resume",
+        action="store_true",
+        help=hidden or "continue from the newest complete state of this run, if there is one",
+    )
+    add("--debug", action="store_true", help=hidden or "log each step; validate and save every 8")
+    if is_train:
+        add(
             "--time_limit",
             type=float,
             metavar="MINUTES",
-            help="after so long finish the step, save, and end with the exit code 75, which says "
-            "that the run is not finished (FastSRModel and its kinds)",
+            help="after this time finish the step, save, and end with exit code 75, which means "
+            "not finished (FastSRModel and DistillModel)",
         )
-        parser.add_argument(
-            "--debug", action="store_true", help="log every step, validate and save every 8"
-        )
-    else:  # of no use in a test, but BasicSR's test.py takes them
-        parser.add_argument("--auto_resume", action="store_true", help=argparse.SUPPRESS)
-        parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, default=0, help="set by torch's launchers"
-    )
-    parser.add_argument(
+    add("--local_rank", "--local-rank", type=int, default=0, help="set by torch's launchers")
+    add(
         "--force_yml",
         **FORCE_YML,
         help="change options of the file, e.g. train:total_iter=300 network_g:num_block=4",
     )
     args = parser.parse_args(argv)
-    if phase == "test" and (args.network is None) == (args.opt is None):
+    if not is_train and (args.network is None) == (args.opt is None):
         parser.error("give a NETWORK, or an option file by -opt")
     return args
 
@@ -124,10 +114,10 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
         args.force_yml = [*forced, *args.force_yml]
     args.opt = str(shipped.option_file(args.opt))
     opt = load_yaml(args.opt)
-    for section in ["path"] if is_train else ["path", "val"]:  # a file may leave these out
-        opt[section] = opt.get(section, {})
+    _add_sections(opt, is_train)
     if faults := _force(opt, args.force_yml):
         raise _refusal(args.opt, faults)
+    _add_sections(opt, is_train)  # `--force_yml path=none` removes one
     found = schema.complete(opt, checks.bases, is_train)
     if found.faults:  # nothing else can be checked
         raise _refusal(args.opt, found.faults + found.unread)
@@ -153,7 +143,7 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
 
 
 def _test_of(text: str) -> tuple[str, list[str]]:
-    """The option file that tests the network of that name, and what is to be changed in it."""
+    """The option file that tests a network, and the `--force_yml` entries for it."""
     found, forced = sources.find(text), []
     if found.checkpoint:
         forced = [f"path:pretrain_network_g={json.dumps(found.checkpoint)}"]
@@ -174,6 +164,13 @@ def _refusal(path: str, faults: list[str]) -> UserError:
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     listed = "".join(f"\n  - {fault}" for fault in faults)
     return UserError(f"{path} has {count}, nothing was started:{listed}")
+
+
+def _add_sections(opt: Options, is_train: bool) -> None:
+    """Add the sections that a file may leave out."""
+    for key in ["path"] if is_train else ["path", "val"]:
+        if opt.get(key) is None:
+            opt[key] = {}
 
 
 def _force(opt: Options, entries: Sequence[str]) -> list[str]:
@@ -210,7 +207,7 @@ def _set_paths(opt: Options) -> list[str]:
         if "scale" in opt:
             dataset["scale"] = opt["scale"]
         for name in ("dataroot_gt", "dataroot_lq", "meta_info_file"):
-            if dataset.get(name):  # a shell's completion ends folders in a slash
+            if isinstance(dataset.get(name), str):  # a shell's completion appends a slash
                 dataset[name] = os.path.normpath(os.path.expanduser(dataset[name]))
     if not opt["is_train"]:  # a benchmark set that was never prepared is no fault
         absent = checks.absent_sets(opt["datasets"])
@@ -241,7 +238,7 @@ def _set_paths(opt: Options) -> list[str]:
 
 
 def _adapt(opt: Options, launcher: str) -> list[str]:
-    """Take back what this machine cannot do; returns a line for each such thing."""
+    """Change what this machine cannot do; returns a line for each change."""
     notes = []
     found = torch.cuda.device_count()
     if opt["num_gpu"] > found:

@@ -83,20 +83,9 @@ def complete(opt: Options, bases: Callable[[Any], Collection[str]], training: bo
     models = json_schema()["if"]["properties"]["model_type"]["enum"]
     model_type = opt.get("model_type")
     known, readers = model_type in models, bases(model_type) or models
+    unread = _tidy(opt, readers, known)
     faults: dict[Place, str] = {}
-    unread: dict[Place, str] = {}
     notes: dict[Place, str] = {}
-    for place, section, option in _options(opt):
-        key, value = place[-1], section.get(place[-1])
-        if value is None:
-            section.pop(key, None)
-        elif known and option.get("model") not in (None, *readers):
-            section.pop(key)
-            unread[place] = f"needs model_type: {option['model']}; set that, or take it out"
-        elif (
-            isinstance(value, float) and value.is_integer() and "integer" in option.get("type", "")
-        ):
-            section[key] = int(value)  # BasicSR's files write !!float 5e3
     for place in TRAINING if training else ():
         section = _get(opt, place[:-1])
         if isinstance(section, dict) and place[-1] not in section:
@@ -130,6 +119,22 @@ def complete(opt: Options, bases: Callable[[Any], Collection[str]], training: bo
     return Result(
         *([f"{':'.join(k)}: {v}" for k, v in found.items()] for found in (faults, unread, notes))
     )
+
+
+def _tidy(opt: Options, readers: Collection[str], known: bool) -> dict[Place, str]:
+    """Take out keys without a value, and those that a known model type does not read."""
+    unread = {}
+    for place, section, option in _options(opt):
+        key, value = place[-1], section.get(place[-1])
+        whole = isinstance(value, float) and value.is_integer()
+        if value is None:
+            section.pop(key, None)
+        elif known and option.get("model") not in (None, *readers):
+            section.pop(key)
+            unread[place] = f"needs model_type: {option['model']}; set that, or take it out"
+        elif whole and "integer" in option.get("type", ""):
+            section[key] = int(value)  # BasicSR's files write !!float 5e3
+    return unread
 
 
 def _options(opt: Options) -> Iterator[tuple[Place, Options, Options]]:

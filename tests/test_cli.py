@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +133,10 @@ def test_option_files_by_name(mlrn_here, tmp_path, monkeypatch):
     assert code == 0 and len(out.splitlines()) == len(files)
     code, out, _ = mlrn_here("options", "ablation/train_MLRN_x2_wo_ConvMix")
     assert code == 0 and yaml.safe_load(out)["network_g"]["mixer"] == "none"
+    schema = Path(out.splitlines()[0].partition("$schema=")[2])  # found from any folder
+    assert schema.is_absolute()
+    code, out, _ = mlrn_here("options", "--schema")
+    assert code == 0 and out == schema.read_text() and "properties" in json.loads(out)
     code, _, err = mlrn_here("options", "train_MLNR_x4")
     assert code == 2 and "did you mean train_MLRN_x4" in err
     code, _, err = mlrn_here("train", "-opt", "mlrn://train_MLRN_x4")

@@ -6,7 +6,6 @@ import io
 import os
 import resource
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 
 import cv2
@@ -20,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from mlrn_arch import options
+from mlrn_arch import option_files, options, schema
 from mlrn_arch.errors import UserError
 from mlrn_arch.inference import image_files
 
@@ -31,6 +30,25 @@ WRONG = st.one_of(
     st.sampled_from([[None], [0, "a"], {"type": None}, {"type": "MLRN"}, {"a": {"b": 1}}]),
     st.integers(),
     st.text(max_size=4),
+)
+
+
+KEYS = st.one_of(
+    st.sampled_from(sorted({place[-1] for place in schema.declared() if place})),
+    st.sampled_from([5, 1.5, None, True, "x_note", "network_d"]),
+    st.text(max_size=3),
+)
+TYPES = ["SRModel", "FastSRModel", "DistillModel", "SwinIRModel", "SRGANModel", "RealESRNetModel"]
+TYPES += ["PairedImageDataset", "FastPairedImageDataset", "SingleImageDataset", "REDSDataset"]
+TYPES += ["Adam", "Muon", "MultiStepLR", "CosineAnnealingRestartLR", "L1Loss", "PSNRLoss", "MLRN"]
+TREES = st.one_of(
+    WRONG,
+    st.sampled_from(TYPES),
+    st.recursive(
+        WRONG,
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=3),
+        max_leaves=5,
+    ),
 )
 
 
@@ -69,16 +87,21 @@ def places(section: dict, where: tuple = ()) -> Iterator[tuple]:
 
 def try_one(folder: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(FILES))
-    opt = deepcopy(yaml.safe_load(file.read_text()))
+    opt = option_files.parse(file.read_text())
     for dataset in opt["datasets"].values():
         suffix = ".lmdb" if dataset["io_backend"]["type"] == "lmdb" else ""
         dataset["dataroot_gt"] = f"{folder}/gt{suffix}"
         dataset["dataroot_lq"] = f"{folder}/x{opt['scale']}{suffix}"
-    *sections, key = data.draw(st.sampled_from(sorted(places(opt))))
-    section = opt
-    for name in sections:
-        section = section[name]
-    section[key] = data.draw(WRONG)
+    for _ in range(data.draw(st.sampled_from([1, 1, 2, 3]))):
+        *sections, key = data.draw(st.sampled_from(sorted(places(opt), key=str)))
+        section = opt
+        for name in sections:
+            section = section[name]
+        way = data.draw(st.sampled_from(["replace", "replace", "add", "delete"]))
+        if way == "delete":
+            del section[key]
+        else:
+            section[data.draw(KEYS) if way == "add" else key] = data.draw(TREES)
     phase = "test" if file.name.startswith("test") else "train"
     try:
         path = folder / "case.yml"
@@ -101,14 +124,14 @@ FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 @settings(max_examples=250, **FUZZ)
 @given(st.data())
-def test_any_value_at_any_key(folder, data):
+def test_any_change_of_an_option_file(folder, data):
     try_one(folder, data)
 
 
 @pytest.mark.slow
 @settings(max_examples=2000, **FUZZ)
 @given(st.data())
-def test_any_value_at_any_key_for_longer(folder, data):
+def test_any_change_of_an_option_file_for_longer(folder, data):
     try_one(folder, data)
 
 
