@@ -102,6 +102,7 @@ def check_call(
         return
     parameters = inspect.signature(registry.get(kind)).parameters.values()
     given = {**(others or {}), **{k: v for k, v in opt.items() if k != "type"}}
+    ours = registry.get(kind).__module__.startswith("mlrn_arch.archs.")
     names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for key in given.keys() - set(names) - (others or {}).keys():
@@ -110,3 +111,7 @@ def check_call(
         if parameter.name in names and parameter.default is parameter.empty:
             if parameter.name not in given:
                 yield f"{where}: {kind} needs {parameter.name}"
+        value = given.get(parameter.name, parameter.default)
+        is_size = parameter.annotation in ("int", "int | None") and value is not parameter.default
+        if ours and is_size and (type(value) is not int or value < 1):
+            yield f"{where}: {parameter.name} must be a positive integer, not {value!r}"

@@ -41,7 +41,8 @@ def test_ntire_variant(profile, tmp_path):
         NTIRE_YML, "x4", "256x256", "0.275", "16.85", "16.85", "97.87", "43"
     ]  # fmt: skip
     (written,) = json.loads((tmp_path / "out.json").read_text())["networks"]
-    assert written["parameters"] == 274710
+    exact = {"parameters": 274_710, "mult_adds": 16_854_452_224, "activations": 97_870_976}
+    assert exact.items() <= written.items()
 
 
 def test_rlfn_by_the_counter_of_the_challenge():
@@ -232,7 +233,7 @@ def test_on_a_gpu(profile, tmp_path):
     [
         ("MLRM", "MLRM: unknown 'MLRM'; did you mean MLRN"),
         ("MLRN:num_fat=3", "MLRN:num_fat=3: MLRN takes no 'num_fat'; did you mean num_feat"),
-        ("MLRN:num_feat=-1", "refuses these arguments: num_feat must be a positive integer"),
+        ("MLRN:num_feat=-1", "MLRN:num_feat=-1: num_feat must be a positive integer, not -1"),
         ("MLRN:num_feat=[", "write arguments as NAME:ARG=VALUE"),
         ("EDSR", "EDSR needs num_in_ch; EDSR needs num_out_ch"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import cv2
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, SHARED, mlrn, write_yaml
+from conftest import REPOSITORY, SHARED, write_yaml
 from torch import nn
 from torch.nn import functional as F
 
+from mlrn_arch import networks
 from mlrn_arch.archs.bicubic_arch import Bicubic
 from mlrn_arch.archs.carn_arch import CARN
 from mlrn_arch.archs.cca import CCA
@@ -21,8 +23,11 @@ from mlrn_arch.archs.idn_arch import IDN
 from mlrn_arch.archs.imdn_arch import IMDN
 from mlrn_arch.archs.lapsrn_arch import LapSRN
 from mlrn_arch.archs.rfdn_arch import RFDN
+from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.archs.srcnn_arch import SRCNN
+from mlrn_arch.errors import UserError
 
+NETWORKS = (SRCNN, FSRCNN, LapSRN, CARN, IDN, IMDN, RFDN, Bicubic)
 Y_NETWORKS = (SRCNN, FSRCNN, LapSRN, IDN)
 CHALLENGE = {"num_feat": 50, "num_block": 4, "attention": "esa", "img_range": 255}
 CARN_M = {"groups": 4, "efficient": True}
@@ -478,7 +483,7 @@ def test_basicsr_builds_them_and_keeps_its_own():
     from basicsr.archs import build_network
     from basicsr.utils.registry import ARCH_REGISTRY
 
-    for network in (SRCNN, FSRCNN, LapSRN, CARN, IDN, IMDN, RFDN, Bicubic):
+    for network in NETWORKS:
         assert type(build_network({"type": network.__name__, "upscale": 2})) is network
     for name in ("EDSR", "RCAN", "RRDBNet", "MSRResNet", "SwinIR"):
         assert ARCH_REGISTRY.get(name).__module__.startswith("basicsr.archs.")
@@ -547,11 +552,9 @@ def test_contrast_of_a_flat_channel_has_a_gradient():
 @pytest.mark.parametrize(
     ("network", "arguments", "message"),
     [
-        (SRCNN, {"upscale": 0}, "upscale must be a positive integer, not 0"),
         (SRCNN, {"num_feat": (64,)}, "num_feat must be two numbers"),
-        (SRCNN, {"kernel_sizes": (9, 1)}, "kernel_sizes must be three numbers"),
-        (SRCNN, {"kernel_sizes": (9, 2, 5)}, "kernel_sizes must be odd, not 2"),
-        (FSRCNN, {"num_mapping": 1.0}, "num_mapping must be a positive integer, not 1.0"),
+        (SRCNN, {"kernel_sizes": (9, 1)}, "kernel_sizes must be three odd numbers"),
+        (SRCNN, {"kernel_sizes": (9, 2, 5)}, r"must be three odd numbers, not \(9, 2, 5\)"),
         (FSRCNN, {"upscale": 10}, "upscale must be at most 9"),
         (LapSRN, {"upscale": 3}, "upscale must be a power of 2 above 1, not 3"),
         (LapSRN, {"num_out_ch": 3}, "must be equal, not 1 and 3"),
@@ -564,12 +567,29 @@ def test_contrast_of_a_flat_channel_has_a_gradient():
         (RFDN, {"num_feat": 3}, "num_feat must be at least 4, not 3"),
         (RFDN, {"attention": "none"}, "attention must be cca or esa, not 'none'"),
         (RFDN, {"img_range": 0}, "img_range must be a positive number, not 0"),
-        (Bicubic, {"upscale": 1.5}, "upscale must be a positive integer, not 1.5"),
     ],
 )
 def test_bad_arguments(network, arguments, message):
     with pytest.raises(ValueError, match=message):
         network(**arguments)
+
+
+@pytest.mark.parametrize("network", [*NETWORKS, RLFN])
+def test_nonsense_in_an_option_file_is_one_sentence(network):
+    kind, parameters = network.__name__, inspect.signature(network).parameters.values()
+    sizes = [p.name for p in parameters if p.annotation in ("int", "int | None")]
+    assert "upscale" in sizes
+    for name in sizes:
+        for value in (0, -1, 1.5, "x", True, [4]):
+            with pytest.raises(UserError) as caught:
+                networks.build({"type": kind, name: value})
+            text = f"network_g: {name} must be a positive integer, not {value!r}"
+            assert str(caught.value) == text
+    if network is SRCNN:
+        for value in (["x", 1], [-1, 1], 3):
+            with pytest.raises(UserError, match="SRCNN refuses these arguments: .+") as caught:
+                networks.build({"type": kind, "num_feat": value})
+            assert "\n" not in str(caught.value)
 
 
 # --- option files and BasicSR's pipeline --------------------------------------------------------
@@ -604,7 +624,7 @@ def test_option_files_differ_from_mlrns_in_the_network_alone():
         assert opt == wanted, path.name
 
 
-def test_a_network_on_y_in_basicsr(tmp_path, fast_options):
+def test_a_network_on_y_in_basicsr(tmp_path, fast_options, mlrn_here, monkeypatch):
     """The PSNR that is printed is that of the saved image against Y, rounded to 8 bits."""
     from basicsr.data import build_dataset
     from basicsr.utils import bgr2ycbcr
@@ -632,9 +652,10 @@ def test_a_network_on_y_in_basicsr(tmp_path, fast_options):
             "metrics": {"psnr": {"type": "calculate_psnr", "crop_border": 2}},
         },
     }
-    result = mlrn("test", "-opt", write_yaml(tmp_path / "test.yml", opt), cwd=tmp_path)
-    assert result.returncode == 0, result.stdout
-    printed = float(result.stdout.split()[-1])
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mlrn_here("test", "-opt", write_yaml(tmp_path / "test.yml", opt))
+    assert code == 0, err
+    printed = float(out.split()[-1])
     scores = []
     for path in sorted((tmp_path / "results/tiny/visualization/tiny_val").iterdir()):
         sr = cv2.imread(str(path), cv2.IMREAD_UNCHANGED).astype(np.float64)

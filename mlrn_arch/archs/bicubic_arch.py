@@ -8,8 +8,6 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from .checks import check_sizes
-
 
 def _taps(upscale: int) -> list[list[float]]:
     # Keys' cubic, a = -0.5, at the distances of an output pixel of each phase to the input pixels
@@ -67,14 +65,10 @@ class Bicubic(nn.Module):
 
     Args:
         upscale: scale factor.
-
-    Raises:
-        ValueError: if `upscale` is not a positive integer.
     """
 
     def __init__(self, upscale: int = 4) -> None:
         super().__init__()
-        check_sizes(upscale=upscale)
         self.upscale = upscale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

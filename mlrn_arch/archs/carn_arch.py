@@ -10,18 +10,12 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from .checks import check_sizes
-
 MEAN_RGB = (0.4488, 0.4371, 0.4040)  # of DIV2K
 SCALES = (2, 3, 4)  # of the multi-scale network
 
 
 class MeanShift(nn.Module):
-    """Adds a constant colour, as a frozen 1x1 convolution of 12 parameters.
-
-    Args:
-        shift: what is added to R, G and B.
-    """
+    """Adds a constant colour, as a frozen 1x1 convolution of 12 parameters."""
 
     def __init__(self, shift: tuple[float, float, float]) -> None:
         super().__init__()
@@ -30,35 +24,22 @@ class MeanShift(nn.Module):
         self.shifter.load_state_dict(state)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shift `x`, (n, 3, h, w); same shape."""
         return self.shifter(x)
 
 
 class ConvReLU(nn.Module):
-    """A 1x1 convolution and ReLU, where a cascade joins what it has.
-
-    Args:
-        num_in: channels of the input, at least 1.
-        num_out: channels of the output, at least 1.
-    """
+    """A 1x1 convolution and ReLU, where a cascade joins what it has."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(num_in, num_out, 1), nn.ReLU(inplace=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x`, (n, num_in, h, w), to (n, num_out, h, w)."""
         return self.body(x)
 
 
 class ResidualBlock(nn.Module):
-    """Residual block; CARN-M's has grouped convolutions and a pointwise one.
-
-    Args:
-        num_feat: channels of input and output, a multiple of `groups`.
-        groups: groups of the 3x3 convolutions, at least 1.
-        efficient: whether a 1x1 convolution follows them, as in CARN-M.
-    """
+    """Residual block; CARN-M's has grouped convolutions and a pointwise one."""
 
     def __init__(self, num_feat: int, groups: int = 1, efficient: bool = False) -> None:
         super().__init__()
@@ -72,16 +53,13 @@ class ResidualBlock(nn.Module):
             self.body.append(nn.Conv2d(num_feat, num_feat, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x`, (n, num_feat, h, w), to refined features of the same shape."""
         return torch.relu(self.body(x) + x)
 
 
 class Cascade(nn.Module):
-    """Three stages, each followed by a 1x1 convolution of all that was there before it.
+    """Three stages, each followed by a 1x1 convolution of everything before it.
 
-    Args:
-        num_feat: channels of input and output, at least 1.
-        stages: the stages `b1`, `b2` and `b3`; a single one stands for all three.
+    A single stage stands for all three.
     """
 
     def __init__(self, num_feat: int, stages: list[nn.Module]) -> None:
@@ -93,7 +71,6 @@ class Cascade(nn.Module):
         self.stages = [f"b{i if len(stages) == 3 else 1}" for i in range(1, 4)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x`, (n, num_feat, h, w), to refined features of the same shape."""
         out = joined = x
         for i, stage in enumerate(self.stages, 1):
             joined = torch.cat([joined, self.get_submodule(stage)(out)], dim=1)
@@ -102,13 +79,7 @@ class Cascade(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Enlarges features by convolutions and pixel shuffle; by 4 and 8 in steps of 2.
-
-    Args:
-        num_feat: channels of input and output, a multiple of `groups`.
-        upscale: 2, 3, 4 or 8.
-        groups: groups of the convolutions, at least 1.
-    """
+    """Enlarges features by convolutions and pixel shuffle; by 4 and 8 in steps of 2."""
 
     def __init__(self, num_feat: int, upscale: int, groups: int) -> None:
         super().__init__()
@@ -120,7 +91,6 @@ class Upsampler(nn.Module):
             self.body.append(nn.PixelShuffle(step))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Enlarge `x`, (n, num_feat, h, w)."""
         return self.body(x)
 
 
@@ -140,10 +110,6 @@ class CARN(Cascade):
             Training reaches that one alone, so it is made for loading published checkpoints.
         groups: groups of the upsamplers' convolutions, and with `efficient` of the blocks' too.
         efficient: whether the residual blocks are CARN-M's, one for all three in a cascade.
-
-    Raises:
-        ValueError: if a size is not a positive integer, `upscale` is another one, or `num_feat`
-            is no multiple of `groups`.
     """
 
     def __init__(
@@ -154,7 +120,6 @@ class CARN(Cascade):
         groups: int = 1,
         efficient: bool = False,
     ) -> None:
-        check_sizes(upscale=upscale, num_feat=num_feat, groups=groups)
         known = SCALES if multi_scale else (*SCALES, 8)
         if upscale not in known:
             raise ValueError(f"upscale must be one of {known}, not {upscale}.")
@@ -179,9 +144,6 @@ class CARN(Cascade):
         self.exit = nn.Conv2d(num_feat, 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve RGB images of any size, `x`, (n, 3, h, w) in [0, 1].
-
-        Returns (n, 3, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
-        """
+        """Enlarge `x`, (n, 3, h, w) in [0, 1]; the output is not clamped."""
         deep = super().forward(self.entry(self.sub_mean(x)))
         return self.add_mean(self.exit(self.upsample[self.used](deep)))

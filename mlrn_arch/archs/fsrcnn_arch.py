@@ -6,8 +6,6 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from .checks import check_sizes
-
 
 @ARCH_REGISTRY.register()
 class FSRCNN(nn.Module):
@@ -24,9 +22,6 @@ class FSRCNN(nn.Module):
         num_feat: channels of the wide features, `d` in the paper.
         shrink_feat: channels of the narrow features, `s` in the paper.
         num_mapping: number of 3x3 convolutions between them, `m` in the paper.
-
-    Raises:
-        ValueError: if a size is not a positive integer or `upscale` is above 9.
     """
 
     def __init__(
@@ -39,14 +34,6 @@ class FSRCNN(nn.Module):
         num_mapping: int = 4,
     ) -> None:
         super().__init__()
-        check_sizes(
-            num_in_ch=num_in_ch,
-            num_out_ch=num_out_ch,
-            upscale=upscale,
-            num_feat=num_feat,
-            shrink_feat=shrink_feat,
-            num_mapping=num_mapping,
-        )
         if upscale > 9:
             raise ValueError(f"upscale must be at most 9, the kernel's width, not {upscale}.")
         self.feature_extraction = nn.Sequential(
@@ -63,9 +50,6 @@ class FSRCNN(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve images of any size, `x`, (n, num_in_ch, h, w) in [0, 1].
-
-        Returns (n, num_out_ch, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
-        """
+        """Enlarge `x`, (n, num_in_ch, h, w) in [0, 1]; the output is not clamped."""
         f = self.shrinking(self.feature_extraction(x))
         return self.deconvolution(self.expanding(self.mapping(f)))

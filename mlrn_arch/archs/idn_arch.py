@@ -8,15 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from .bicubic_arch import upsample_bicubic
-from .checks import check_sizes
 
 
 class DBlock(nn.Module):
-    """Information distillation block: an enhancement unit and a compression unit.
-
-    Args:
-        num_feat: channels of input and output, a multiple of 16.
-    """
+    """Information distillation block: an enhancement unit and a compression unit."""
 
     def __init__(self, num_feat: int) -> None:
         super().__init__()
@@ -32,7 +27,6 @@ class DBlock(nn.Module):
         self.act = nn.LeakyReLU(0.05)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x`, (n, num_feat, h, w), to refined features of the same shape."""
         p1 = x
         for conv in (self.conv1, self.conv2, self.conv3):
             p1 = self.act(conv(p1))
@@ -55,10 +49,6 @@ class IDN(nn.Module):
         upscale: scale factor, at most 9; 2, 3 and 4 in the paper.
         num_feat: channels of the features, a multiple of 16.
         num_block: number of distillation blocks.
-
-    Raises:
-        ValueError: if a size is not a positive integer, `upscale` is above 9, `num_feat` is no
-            multiple of 16, or `num_in_ch` and `num_out_ch` differ.
     """
 
     def __init__(
@@ -70,13 +60,6 @@ class IDN(nn.Module):
         num_block: int = 4,
     ) -> None:
         super().__init__()
-        check_sizes(
-            num_in_ch=num_in_ch,
-            num_out_ch=num_out_ch,
-            upscale=upscale,
-            num_feat=num_feat,
-            num_block=num_block,
-        )
         if upscale > 9:
             raise ValueError(f"upscale must be at most 9, not {upscale}.")
         if num_feat % 16:
@@ -98,10 +81,7 @@ class IDN(nn.Module):
         self.act = nn.LeakyReLU(0.05)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve images of any size, `x`, (n, num_in_ch, h, w) in [0, 1].
-
-        Returns (n, num_out_ch, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
-        """
+        """Enlarge `x`, (n, num_in_ch, h, w) in [0, 1]; the output is not clamped."""
         enlarged = upsample_bicubic(x, self.upscale)
         f = self.act(self.conv2(self.act(self.conv1(x))))
         residual = self.upsample(self.blocks(f))

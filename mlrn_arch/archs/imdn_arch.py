@@ -11,15 +11,10 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
 from .cca import CCA
-from .checks import check_sizes
 
 
 class IMDB(nn.Module):
-    """Information multi-distillation block: each convolution keeps a quarter, passes on the rest.
-
-    Args:
-        num_feat: channels of input and output, a multiple of 4.
-    """
+    """Information multi-distillation block: each convolution keeps a quarter of its channels."""
 
     def __init__(self, num_feat: int) -> None:
         super().__init__()
@@ -35,7 +30,6 @@ class IMDB(nn.Module):
         self.act = nn.LeakyReLU(0.05)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x`, (n, num_feat, h, w), to refined features of the same shape."""
         kept = []
         remaining = x
         for conv in (self.c1, self.c2, self.c3):
@@ -58,9 +52,6 @@ class IMDN(nn.Module):
         num_feat: channels of the features, a multiple of 4.
         num_block: number of IMDBs.
         upscale: scale factor; 2, 3 and 4 in the paper.
-
-    Raises:
-        ValueError: if a size is not a positive integer or `num_feat` is no multiple of 4.
     """
 
     def __init__(
@@ -72,13 +63,6 @@ class IMDN(nn.Module):
         upscale: int = 4,
     ) -> None:
         super().__init__()
-        check_sizes(
-            num_in_ch=num_in_ch,
-            num_out_ch=num_out_ch,
-            num_feat=num_feat,
-            num_block=num_block,
-            upscale=upscale,
-        )
         if num_feat % 4:
             raise ValueError(f"num_feat must be a multiple of 4, not {num_feat}.")
         self.num_block = num_block
@@ -94,10 +78,7 @@ class IMDN(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve images of any size, `x`, (n, num_in_ch, h, w) in [0, 1].
-
-        Returns (n, num_out_ch, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
-        """
+        """Enlarge `x`, (n, num_in_ch, h, w) in [0, 1]; the output is not clamped."""
         shallow = self.fea_conv(x)
         features = []
         deep = shallow

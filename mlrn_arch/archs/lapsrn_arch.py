@@ -7,17 +7,9 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 from torch.nn import functional as F
 
-from .checks import check_sizes
-
 
 class PyramidLevel(nn.Module):
-    """One level of the pyramid: doubles the features and the image.
-
-    Args:
-        num_img_ch: channels of the image, at least 1.
-        num_feat: channels of the features, at least 1.
-        num_conv: number of 3x3 convolutions before the features are doubled, at least 1.
-    """
+    """One level of the pyramid: doubles the features and the image."""
 
     def __init__(self, num_img_ch: int, num_feat: int, num_conv: int) -> None:
         super().__init__()
@@ -33,7 +25,6 @@ class PyramidLevel(nn.Module):
             self.img_up.weight.copy_(torch.outer(line, line).reshape(1, 1, 4, 4))
 
     def forward(self, f: torch.Tensor, img: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Double features (n, num_feat, h, w) and image (n, num_img_ch, h, w) in size."""
         for conv in self.convs:
             f = F.leaky_relu(conv(f), 0.2)
         f = F.leaky_relu(self.feat_up(f), 0.2)
@@ -56,10 +47,6 @@ class LapSRN(nn.Module):
         upscale: scale factor, a power of 2; each level doubles.
         num_feat: channels of the features.
         num_conv: number of convolutions in a level before its features are doubled.
-
-    Raises:
-        ValueError: if a size is not a positive integer, `upscale` is no power of 2 above 1, or
-            `num_in_ch` and `num_out_ch` differ.
     """
 
     def __init__(
@@ -71,13 +58,6 @@ class LapSRN(nn.Module):
         num_conv: int = 5,
     ) -> None:
         super().__init__()
-        check_sizes(
-            num_in_ch=num_in_ch,
-            num_out_ch=num_out_ch,
-            upscale=upscale,
-            num_feat=num_feat,
-            num_conv=num_conv,
-        )
         if upscale == 1 or upscale & (upscale - 1):
             raise ValueError(f"upscale must be a power of 2 above 1, not {upscale}.")
         if num_in_ch != num_out_ch:
@@ -91,10 +71,7 @@ class LapSRN(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve images of any size, `x`, (n, num_in_ch, h, w) in [0, 1].
-
-        Returns (n, num_out_ch, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
-        """
+        """Enlarge `x`, (n, num_in_ch, h, w) in [0, 1]; the output is not clamped."""
         f = F.leaky_relu(self.conv_first(x), 0.2)
         for level in self.levels:
             f, x = level(f, x)

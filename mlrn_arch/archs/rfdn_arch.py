@@ -11,17 +11,12 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
 from .cca import CCA
-from .checks import check_img_range, check_sizes
+from .checks import check_img_range
 from .esa import ESA
 
 
 class ChallengeESA(ESA):
-    """Enhanced spatial attention with two more convolutions in its coarse branch.
-
-    Args:
-        num_feat: channels of input and output, at least 1.
-        esa_feat: channels inside, at least 1.
-    """
+    """Enhanced spatial attention with two more convolutions in its coarse branch."""
 
     def __init__(self, num_feat: int, esa_feat: int) -> None:
         super().__init__(num_feat, esa_feat)
@@ -29,17 +24,11 @@ class ChallengeESA(ESA):
         self.conv3_ = nn.Conv2d(esa_feat, esa_feat, 3, padding=1)
 
     def refine(self, coarse: torch.Tensor) -> torch.Tensor:
-        """Map pooled features, (n, esa_feat, h, w), to the same shape."""
         return self.conv3_(torch.relu(self.conv3(torch.relu(self.conv_max(coarse)))))
 
 
 class RFDB(nn.Module):
-    """Residual feature distillation block.
-
-    Args:
-        num_feat: channels of input and output, at least 4.
-        attention: `"cca"` or `"esa"`, either with a quarter of the channels inside.
-    """
+    """Residual feature distillation block."""
 
     def __init__(self, num_feat: int, attention: str) -> None:
         super().__init__()
@@ -57,7 +46,6 @@ class RFDB(nn.Module):
         self.act = nn.LeakyReLU(0.05)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x`, (n, num_feat, h, w), to refined features of the same shape."""
         kept = []
         for i in range(1, 4):
             kept.append(self.act(self.get_submodule(f"c{i}_d")(x)))
@@ -85,10 +73,6 @@ class RFDN(nn.Module):
             attention with the challenge network's two extra convolutions.
         img_range: the network computes on `x * img_range` and its output is divided by it, so
             that callers pass and get [0, 1] whatever it is. The published checkpoint needs 255.
-
-    Raises:
-        ValueError: if a size is not a positive integer, `num_feat` is below 4, `attention` is
-            unknown or `img_range` is not a positive number.
     """
 
     def __init__(
@@ -102,13 +86,6 @@ class RFDN(nn.Module):
         img_range: float = 1.0,
     ) -> None:
         super().__init__()
-        check_sizes(
-            num_in_ch=num_in_ch,
-            num_out_ch=num_out_ch,
-            num_feat=num_feat,
-            num_block=num_block,
-            upscale=upscale,
-        )
         check_img_range(img_range)
         if num_feat < 4:
             raise ValueError(f"num_feat must be at least 4, not {num_feat}.")
@@ -128,10 +105,7 @@ class RFDN(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve images of any size, `x`, (n, num_in_ch, h, w) in [0, 1].
-
-        Returns (n, num_out_ch, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
-        """
+        """Enlarge `x`, (n, num_in_ch, h, w) in [0, 1]; the output is not clamped."""
         shallow = self.fea_conv(x * self.img_range)
         features = []
         deep = shallow

@@ -10,18 +10,12 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from .checks import check_img_range, check_sizes
+from .checks import check_img_range
 from .esa import ESA
 
 
 class RLFB(nn.Module):
-    """Residual local feature block: three 3x3 convolutions, residual, 1x1 convolution, ESA.
-
-    Args:
-        num_feat: channels of input and output, at least 1.
-        mid_feat: channels between the 3x3 convolutions, at least 1.
-        esa_feat: channels inside the attention, at least 1.
-    """
+    """Residual local feature block: three 3x3 convolutions, residual, 1x1 convolution, ESA."""
 
     def __init__(self, num_feat: int, mid_feat: int, esa_feat: int = 16) -> None:
         super().__init__()
@@ -33,7 +27,6 @@ class RLFB(nn.Module):
         self.act = nn.LeakyReLU(0.05, inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x`, (n, num_feat, h, w), to refined features of the same shape."""
         out = self.act(self.c1_r(x))
         out = self.act(self.c2_r(out))
         out = self.act(self.c3_r(out))
@@ -57,9 +50,6 @@ class RLFN(nn.Module):
         esa_feat: channels inside the attention.
         img_range: the network computes on `x * img_range` and its output is divided by it, so
             that callers pass and get [0, 1] whatever it is. The published checkpoints need 255.
-
-    Raises:
-        ValueError: if a size is not a positive integer or `img_range` is not a positive number.
     """
 
     def __init__(
@@ -75,15 +65,6 @@ class RLFN(nn.Module):
     ) -> None:
         super().__init__()
         mid_feat = num_feat if mid_feat is None else mid_feat
-        check_sizes(
-            num_in_ch=num_in_ch,
-            num_out_ch=num_out_ch,
-            num_feat=num_feat,
-            num_block=num_block,
-            upscale=upscale,
-            mid_feat=mid_feat,
-            esa_feat=esa_feat,
-        )
         check_img_range(img_range)
         self.num_block = num_block
         self.img_range = float(img_range)
@@ -96,10 +77,7 @@ class RLFN(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve images of any size, `x`, (n, num_in_ch, h, w) in [0, 1].
-
-        Returns (n, num_out_ch, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
-        """
+        """Enlarge `x`, (n, num_in_ch, h, w) in [0, 1]; the output is not clamped."""
         shallow = self.conv_1(x * self.img_range)
         deep = shallow
         for i in range(1, self.num_block + 1):

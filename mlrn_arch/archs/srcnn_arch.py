@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from .bicubic_arch import upsample_bicubic
-from .checks import check_sizes
 
 
 @ARCH_REGISTRY.register()
@@ -27,10 +26,6 @@ class SRCNN(nn.Module):
         upscale: scale factor; it changes the bicubic enlargement alone.
         num_feat: channels after the first and after the second convolution.
         kernel_sizes: widths of the three kernels, odd.
-
-    Raises:
-        ValueError: if a size is not a positive integer, there are not two `num_feat` and three
-            `kernel_sizes`, or a kernel size is even.
     """
 
     def __init__(
@@ -42,15 +37,10 @@ class SRCNN(nn.Module):
         kernel_sizes: Sequence[int] = (9, 1, 5),
     ) -> None:
         super().__init__()
-        check_sizes(num_in_ch=num_in_ch, num_out_ch=num_out_ch, upscale=upscale)
         if len(num_feat) != 2:
             raise ValueError(f"num_feat must be two numbers, not {num_feat!r}.")
-        if len(kernel_sizes) != 3:
-            raise ValueError(f"kernel_sizes must be three numbers, not {kernel_sizes!r}.")
-        for feat, kernel_size in zip((*num_feat, 1), kernel_sizes, strict=True):
-            check_sizes(num_feat=feat, kernel_sizes=kernel_size)
-            if kernel_size % 2 == 0:
-                raise ValueError(f"kernel_sizes must be odd, not {kernel_size}.")
+        if len(kernel_sizes) != 3 or not all(size % 2 for size in kernel_sizes):
+            raise ValueError(f"kernel_sizes must be three odd numbers, not {kernel_sizes!r}.")
         self.upscale = upscale
         channels = (num_in_ch, *num_feat, num_out_ch)
         self.conv1, self.conv2, self.conv3 = (
@@ -59,10 +49,7 @@ class SRCNN(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Super-resolve images of any size, `x`, (n, num_in_ch, h, w) in [0, 1].
-
-        Returns (n, num_out_ch, h * upscale, w * upscale), nominally in [0, 1] (not clamped).
-        """
+        """Enlarge `x`, (n, num_in_ch, h, w) in [0, 1]; the output is not clamped."""
         f1 = F.relu(self.conv1(upsample_bicubic(x, self.upscale)))
         f2 = F.relu(self.conv2(f1))
         return self.conv3(f2)
