@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 
@@ -59,18 +58,16 @@ def fits_fp16(network: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def exact_fp32() -> Iterator[None]:
     """Keep cuDNN's fp32 convolutions in fp32; its default on Ampere and later GPUs is TF32."""
-    cudnn: Any = torch.backends.cudnn
-    if not hasattr(cudnn, "conv"):  # torch < 2.9; later versions refuse to mix both interfaces
-        kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-        with cudnn.flags(**kept, allow_tf32=False):
-            yield
+    try:
+        before = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the program has chosen itself, by torch's newer interface
+        yield
         return
-    before = cudnn.conv.fp32_precision
-    cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        cudnn.conv.fp32_precision = before
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def cores() -> int:

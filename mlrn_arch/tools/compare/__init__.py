@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     for note in dict.fromkeys(note for row in rows for note in row.notes):
         if note.startswith("Skipping"):
             print(f"mlrn compare: {note}", file=sys.stderr)
-    made = rows and (_visual if args.visual else _table)(rows, args, problems)
+    with machine.exact_fp32():
+        made = rows and (_visual if args.visual else _table)(rows, args, problems)
     if not made:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise UserError(f"nothing could be compared:{listed}")

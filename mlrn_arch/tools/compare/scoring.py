@@ -19,7 +19,6 @@ from mlrn_arch.errors import first_line
 from mlrn_arch.files import atomic_write
 from mlrn_arch.inference import counting
 from mlrn_arch.inference.backends import quiet
-from mlrn_arch.machine import exact_fp32
 from mlrn_arch.models.validation import build_model
 from mlrn_arch.networks import input_channels
 from mlrn_arch.options import Options
@@ -104,7 +103,7 @@ def fill(rows: list[Row], folder: Path, problems: list[str]) -> bool:
 def score_image(model: Any, dataset: Any, index: int, save_img: bool = False) -> dict[str, float]:
     """PSNR and SSIM of one image, by the validation of `mlrn test`; NaN where that finds none."""
     loader = DataLoader(dataset, sampler=[index])
-    with quiet(), exact_fp32():  # it warns of images without a score
+    with quiet():  # it warns of images without a score
         model.validation(loader, model.opt["name"], tb_logger=None, save_img=save_img)
     names = {m["type"]: name for name, m in (model.opt["val"].get("metrics") or {}).items()}
     found = {column: names[kind] for column, kind in METRICS.items() if kind in names}
