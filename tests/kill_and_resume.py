@@ -35,7 +35,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> int:
     options["val"].update(val_freq=2, save_best="psnr")
     options["logger"].update(save_checkpoint_freq=1, keep_last=3, use_tb_logger=False)
     options["train"]["total_iter"] = 1_000_000
-    options["train"]["optim_g"]["lr"] = 0.05  # the last network is not the best
+    options["train"]["optim_g"]["lr"] = 0.05  # scores go up and down
     path = write_yaml(folder / "kill.yml", options)
 
     def newest() -> int:
