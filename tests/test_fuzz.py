@@ -52,7 +52,7 @@ TREES = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def little_memory() -> Iterator[None]:
     """A network of millions of blocks ends in a sentence once the memory is full."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -124,14 +124,14 @@ FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 @settings(max_examples=250, **FUZZ)
 @given(st.data())
-def test_any_change_of_an_option_file(folder, data):
+def test_any_change_of_an_option_file(folder, little_memory, data):
     try_one(folder, data)
 
 
 @pytest.mark.slow
 @settings(max_examples=2000, **FUZZ)
 @given(st.data())
-def test_any_change_of_an_option_file_for_longer(folder, data):
+def test_any_change_of_an_option_file_for_longer(folder, little_memory, data):
     try_one(folder, data)
 
 
