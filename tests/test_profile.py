@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
+import shlex
 
 import pytest
 import torch
@@ -82,6 +84,16 @@ def test_networks_of_basicsr(profile, tmp_path, network, parameters):
     (row,) = json.loads((tmp_path / "out.json").read_text())["networks"]
     assert row["parameters"] == (parameters or row["parameters"])
     assert row["mult_adds"] > row["parameters"]
+
+
+def test_the_examples_of_the_help(profile, mlrn_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"^  mlrn (profile .*)$", profile("-h")[1], re.M)
+    assert len(examples) == 2
+    for example in [*examples, "profile mlrn://ntire/test_MLRN_NTIRE_x4"]:
+        words = [*shlex.split(example), "--no-runtime"]
+        code, _, err = mlrn_here(*words)
+        assert (code, err) == (0, "")
 
 
 # --- by hand ------------------------------------------------------------------------------------
