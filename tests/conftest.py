@@ -209,12 +209,14 @@ def write_yaml(path: Path, options: dict) -> str:
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """Build a model from options in this process, its folders made."""
+    """Build a model from options in this process; a resumed one gets its checkpoint."""
     monkeypatch.chdir(tmp_path)
 
-    def make(opt: dict):
+    def make(opt: dict, resumed: str | None = None):
         path = write_yaml(tmp_path / "options.yml", opt)
         opt, _, _ = options.read("train", ["-opt", path])
+        if resumed:  # as BasicSR's check_resume
+            opt["path"] |= {"pretrain_network_g": resumed, "param_key_g": "params"}
         for folder in ("models", "training_states"):
             os.makedirs(opt["path"][folder], exist_ok=True)
         return build_model(opt)

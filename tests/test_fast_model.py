@@ -283,11 +283,7 @@ def go_on(build, fast_options: dict, model, step: int):
     """A `FastSRModel` of other options that continues what `model` saves now."""
     model.save(0, step)
     state = compat.load_state(f"{model.opt['path']['training_states']}/{step}.state")
-    fast_options["path"] = {
-        "pretrain_network_g": f"{model.opt['path']['models']}/net_g_{step}.pth",
-        "param_key_g": "params",
-    }
-    later = build(fast_options)
+    later = build(fast_options, f"{model.opt['path']['models']}/net_g_{step}.pth")
     later.resume_training(state)
     return later
 

@@ -310,9 +310,7 @@ def resume(build, options: dict, model, step: int):
     """A model that goes on from what an earlier one saved after a step."""
     paths = model.opt["path"]
     state = compat.load_state(f"{paths['training_states']}/{step}.state")
-    options = deepcopy(options)
-    options["path"] = {"pretrain_network_g": f"{paths['models']}/net_g_{step}.pth"}
-    later = build(options)
+    later = build(deepcopy(options), f"{paths['models']}/net_g_{step}.pth")
     later.opt["path"]["resume_state"] = f"{paths['training_states']}/{step}.state"
     later.resume_training(state)
     later.val_loaders = [loader_of(later)]
