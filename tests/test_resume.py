@@ -506,7 +506,7 @@ def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options, run, opti
             process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM, first
     stopped = int(re.search(r"Stopped after iter (\d+)", first)[1])
-    assert 13 <= stopped < 40
+    assert 13 <= stopped < 40, first
     second = run(parts, fast_options, "--auto_resume")
     assert f"iter: {stopped}." in second
     assert {**losses(first), **losses(second)} == losses(whole)
