@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import resource
@@ -101,7 +102,8 @@ def try_one(folder: Path, data: st.DataObject) -> None:
         if way == "delete":
             del section[key]
         else:
-            section[data.draw(KEYS) if way == "add" else key] = data.draw(TREES)
+            # A copy: the next change must not reach the strategy's own lists and sections.
+            section[data.draw(KEYS) if way == "add" else key] = copy.deepcopy(data.draw(TREES))
     phase = "test" if file.name.startswith("test") else "train"
     try:
         path = folder / "case.yml"
