@@ -121,7 +121,8 @@ def try_one(folder: Path, data: st.DataObject) -> None:
     assert sorted(os.listdir(folder)) == before
 
 
-FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+# The same examples in every run: a test that fails by chance stops the wrong change.
+FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
 @settings(max_examples=250, **FUZZ)
@@ -131,7 +132,7 @@ def test_any_change_of_an_option_file(folder, little_memory, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, **FUZZ)
+@settings(max_examples=600, **FUZZ)
 @given(st.data())
 def test_any_change_of_an_option_file_for_longer(folder, little_memory, data):
     try_one(folder, data)
@@ -173,6 +174,7 @@ def test_any_image_file(folder, pictures, mlrn_here, data):
         if image_files.size(file) < 10**6:  # not a mere header, which takes minutes
             names.append(file)
     arguments = ["-o", folder / "out", "--overwrite", "--network", "Bicubic:upscale=2"]
+    arguments += ["--backend", "torch"]  # another one notes that it cannot run bicubic
     code, out, err = mlrn_here("upscale", *names, *arguments, "--device", "cpu")
     lines = err.splitlines()
     assert code in (0, 1, 2) and len(out.splitlines()) == 1 and len(lines) <= len(names)
