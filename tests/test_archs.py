@@ -338,6 +338,7 @@ def test_compile_finds_one_graph(network):
         torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None:

@@ -3,9 +3,11 @@
 import json
 
 import cv2
+import pytest
 from conftest import mlrn
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     done = mlrn("demo", "--iterations", "20", cwd=tmp_path)
     folder = tmp_path / "mlrn_demo/comparison"
