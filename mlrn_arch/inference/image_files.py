@@ -84,7 +84,7 @@ def read(path: Path) -> Picture:
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
     except Exception as error:  # a broken file makes the readers raise anything
-        raise BadImage(first_line(error)) from error
+        raise BadImage(f"broken, or of an unknown kind ({first_line(error)})") from error
 
 
 def _read(path: Path) -> Picture:
