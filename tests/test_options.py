@@ -153,13 +153,7 @@ def test_pairs_are_compared_as_opencv_turns_them(tmp_path, test_options):
     upright = Image.fromarray(picture)
     assert "test_1" not in check(turned, upright.resize((32, 48)))
     assert cv2.imread(str(tmp_path / "gt/a.jpg")).shape == (96, 64, 3)
-    assert "is 48x32 and its gt 64x96, as turned by" in check(turned, turned.resize((48, 32)))
-    square = turned.crop((0, 0, 64, 64))
-    right = square.transpose(Image.Transpose.ROTATE_270)
-    assert "test_1" not in check(square, right.resize((32, 32)))
-    assert "are turned differently by their EXIF orientation" in check(
-        square, square.resize((32, 32))
-    )
+    assert "is 48x32 and its gt 64x96, as OpenCV turns" in check(turned, turned.resize((48, 32)))
 
 
 def test_a_meta_file_in_the_home_folder_with_an_empty_line(
@@ -257,13 +251,13 @@ def test_lmdb_without_meta_info_and_with_other_keys(tmp_path, train_options, pai
         read(tmp_path, train_options)
 
 
-@pytest.mark.parametrize("size, said", [(0.5, "is truncated: "), (0, "is broken; copy it again")])
-def test_a_damaged_lmdb(tmp_path, train_options, paired_data, size, said):
+@pytest.mark.parametrize("size", [0.5, 0])
+def test_a_damaged_lmdb(tmp_path, train_options, paired_data, size):
     shutil.copytree(paired_data / "gt.lmdb", tmp_path / "gt.lmdb")
     train_options["datasets"]["train"]["dataroot_gt"] = str(tmp_path / "gt.lmdb")
     file = tmp_path / "gt.lmdb/data.mdb"
     os.truncate(file, int(file.stat().st_size * size))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match="data.mdb is truncated or broken; copy it again"):
         read(tmp_path, train_options)
 
 

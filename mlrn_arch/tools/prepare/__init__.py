@@ -67,11 +67,7 @@ Images that cannot be used are listed with the reason, and the exit code is 1.""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `mlrn prepare`; returns 0, 1 if an image was left out, or 130 after Ctrl-C.
-
-    Raises:
-        UserError: Nothing can be done, or existing data forbids it.
-    """
+    """Run `mlrn prepare`; returns 0, or 1 if an image was left out."""
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
     for option, value in (("--crop-size", args.crop_size), ("--step", args.step)):
@@ -85,25 +81,16 @@ def run(args: argparse.Namespace) -> int:
     elif args.shrink:
         raise UserError("--shrink is for --teacher; name one")
     report = stream.Report(stream.find(args.input, args.output))
-    # Each core works on an image of its own, and OpenCV's threads do not survive a fork.
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
+    cv2.setNumThreads(1)  # each process takes one core, and OpenCV's threads survive no fork
     try:
         return (_benchmark if args.benchmark else training.make)(args, report)
-    except KeyboardInterrupt:
-        print("mlrn prepare: interrupted; the same command continues", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # of `mlrn prepare ... | head`
         raise
     except (OSError, lmdb.Error) as error:
-        hint = "if its disk is full, free some space"
-        if isinstance(error, lmdb.MemoryError):
-            hint = "an LMDB needs as much address space as it has bytes: raise `ulimit -v`"
         raise UserError(
-            f"cannot write to {args.output}: {error}; {hint}, then the same command continues"
+            f"cannot write to {args.output}: {error}; if its disk is full, free some space, then "
+            "the same command continues"
         ) from None
-    finally:
-        cv2.setNumThreads(threads)
 
 
 def _benchmark(args: argparse.Namespace, report: stream.Report) -> int:
@@ -127,7 +114,6 @@ def _pair(key: str, path: Path, args: argparse.Namespace) -> tuple[list[str], No
     img, notes = stream.decode(path)
     if min(img.shape[:2]) < max(args.scale):
         raise BadImage(f"{img.shape[1]}x{img.shape[0]} is less than one LR pixel")
-    kept = 0
     for s in args.scale:
         gt = img[: img.shape[0] // s * s, : img.shape[1] // s * s]
         for kind in ("GTmod", "LRbicx"):
@@ -137,9 +123,8 @@ def _pair(key: str, path: Path, args: argparse.Namespace) -> tuple[list[str], No
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(file) as part:  # imwrite would not notice a full disk
                     part.write_bytes(cv2.imencode(".png", image)[1].tobytes())
-                continue
-            kept += 1
-            found = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
-            if kind == "GTmod" and (found is None or not np.array_equal(found, gt)):
-                raise BadImage(f"{file} is another image; --overwrite replaces it")
-    return ["already there, kept"] if kept == 2 * len(args.scale) else notes, None
+            elif kind == "GTmod":
+                found = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+                if found is None or not np.array_equal(found, gt):
+                    raise BadImage(f"{file} is another image; --overwrite replaces it")
+    return notes, None

@@ -29,11 +29,7 @@ from mlrn_arch.inference.image_files import BadImage
 
 
 def find(source: Path, output: Path) -> dict[str, Path]:
-    """Return the images below `source`, but not below `output`, by their key, sorted by path.
-
-    Raises:
-        UserError: There is none, `source` is no folder, or two would get the same key.
-    """
+    """Return the images below `source`, but not below `output`, by their key, sorted by path."""
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; INPUT is a folder of HR images")
     if source.resolve() == output.resolve():
@@ -51,13 +47,10 @@ def find(source: Path, output: Path) -> dict[str, Path]:
     for path in sorted(path for path in paths if path.suffix.lower() in image_files.FORMATS):
         name = "_".join(path.relative_to(source).with_suffix("").parts)
         # BasicSR ends a key at its first dot and encodes it as ASCII
-        key = re.sub(
-            "[^A-Za-z0-9_-]", lambda c: f"-{ord(c[0]):x}-", unicodedata.normalize("NFC", name)
-        )
+        name = unicodedata.normalize("NFC", name)
+        key = re.sub("[^A-Za-z0-9_-]", lambda c: f"-{ord(c[0]):x}-", name)
         if key in images:
-            raise UserError(
-                f"{images[key]} and {path} would both be stored as {key}; rename or move one"
-            )
+            raise UserError(f"{images[key]} and {path} would both be {key}; rename or move one")
         if len(key) > 200:
             raise UserError(f"the name of {path} is too long to be a key; rename it")
         images[key] = path

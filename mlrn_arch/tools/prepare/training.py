@@ -9,9 +9,8 @@ import json
 import shlex
 import shutil
 import tempfile
-import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,19 +28,13 @@ from mlrn_arch.inference.resize import imresize
 from mlrn_arch.inference.upscaler import Upscaler
 from mlrn_arch.tools.prepare import stream
 
-# By scale: the record that a key of its LMDB gets, or None to delete it.
-Batches = Mapping[int, dict[bytes, bytes | None]]
 MULTIPLE = 12  # divisible by every scale: HR is cropped to it
-_COMMIT_BYTES, _COMMIT_SECONDS = 2**26, 2.0  # what waits in memory, what a kill can lose
+_COMMIT_BYTES = 2**26  # what waits in memory, and what a kill can lose
 _MAP_STEP = 2**28  # bytes: an LMDB's map starts small, for batch systems limit address space
 
 
 def make(args: argparse.Namespace, report: stream.Report) -> int:
-    """Make the LMDBs of the report's images as `args` say; returns the exit code.
-
-    Raises:
-        UserError: Existing LMDBs hold something else, or no image can be used.
-    """
+    """Make the LMDBs of the report's images as `args` say; returns the exit code."""
     name = (args.name or args.output.resolve().name).removesuffix("_train")
     if not name or name.startswith(".") or Path(name).name != name:
         raise UserError(f"{name!r} cannot be the name of a data set; choose one with --name")
@@ -62,7 +55,7 @@ def make(args: argparse.Namespace, report: stream.Report) -> int:
         code = report.close()
     else:
         # Interrupted runs with other settings are kept until one of them is finished.
-        checksum = zlib.crc32(json.dumps({**plan, "images": {}}).encode())
+        checksum = zlib.crc32(json.dumps([{**plan, "images": {}}, *lmdbs]).encode())
         unfinished = args.output / f".{name}.{checksum:08x}.partial"
         _fill(unfinished, lmdbs, plan, args, report)
         if len(report.left_out) == len(report.images):
@@ -107,14 +100,11 @@ def _check_existing(folder: Path, plan: dict[str, Any]) -> None:
     ]
     if images:
         faults.append(f"{len(images)} images are new, gone or changed, such as {images[0]}")
-    if not record:
-        faults = ["another program made it"]
-    elif fault := lmdb_fault(folder):
-        faults = [fault]
-    if faults:
+    fault = lmdb_fault(folder) if record else "another program made it"
+    if fault or faults:
         raise UserError(
-            f"{folder} is not what this command would make: {', '.join(faults)}; --overwrite "
-            "makes it again, another OUTPUT or --name keeps it"
+            f"{folder} is not what this command would make: {fault or ', '.join(faults)}; "
+            "--overwrite makes it again, another OUTPUT or --name keeps it"
         )
 
 
@@ -126,80 +116,67 @@ def _fill(
     report: stream.Report,
 ) -> None:
     """Make the LMDBs in the folder `unfinished`, without the images that are done there."""
+    done_file = unfinished / "done.json"  # by image: its size and time, its number of sub-images
+    done = {
+        key: found
+        for key, found in _read_json(done_file).items()
+        if found[0] == plan["images"].get(key)
+    }
+    if done:
+        print(f"continuing: {len(done)} of {len(report.images)} images are done")
+    images = {key: path for key, path in report.images.items() if key not in done}
     unfinished.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         environments = {
             s: stack.enter_context(lmdb.open(str(unfinished / folder.name), map_size=_MAP_STEP))
             for s, folder in lmdbs.items()
         }
-        done = _finished(environments, _read_json(unfinished / "images.json"), plan["images"])
-        with atomic_write(unfinished / "images.json") as part:
-            part.write_text(json.dumps(plan["images"]))
-        if done:
-            print(f"continuing: {len(done)} of {len(report.images)} images are done")
-        images = {key: path for key, path in report.images.items() if key not in done}
+        batches: dict[int, dict[bytes, bytes]] = {s: {} for s in lmdbs}
         work = functools.partial(_cut, args=args, scales=list(lmdbs))
-        batches: Batches = {s: {} for s in lmdbs}
-        size, last = 0, time.monotonic()
+        size = 0
         for key, records in stream.results(work, images, args.workers, report):
             for s, encoded in records.items():
                 batches[s] |= {f"{key}_s{n:03d}".encode(): r for n, r in enumerate(encoded, 1)}
                 size += sum(map(len, encoded))
-            if size > _COMMIT_BYTES or time.monotonic() - last > _COMMIT_SECONDS:
-                _write(environments, batches)
-                size, last = 0, time.monotonic()
-        _write(environments, batches)
-        level = 1 if args.format == "png" else 0
-        for s, environment in environments.items():
-            folder, side = unfinished / lmdbs[s].name, args.crop_size // s
-            with open(folder / "meta_info.txt", "w") as meta:
-                for name in _keys(environment):
-                    meta.write(f"{name.decode()}.{args.format} ({side},{side},3) {level}\n")
-            record = {**plan, "left_out": report.left_out}
-            (folder / "prepare.json").write_text(json.dumps(record))
+            done[key] = plan["images"][key], len(records[1])
+            if size > _COMMIT_BYTES:
+                _write(environments, batches, done_file, done)
+                size = 0
+        _write(environments, batches, done_file, done)
+    names = sorted(f"{key}_s{n:03d}" for key, (_, last) in done.items() for n in range(1, last + 1))
+    level = 1 if args.format == "png" else 0
+    for s, folder in lmdbs.items():
+        side = args.crop_size // s
+        meta = "".join(f"{name}.{args.format} ({side},{side},3) {level}\n" for name in names)
+        (unfinished / folder.name / "meta_info.txt").write_text(meta)
+        record = {**plan, "left_out": report.left_out}
+        (unfinished / folder.name / "prepare.json").write_text(json.dumps(record))
+    done_file.unlink()  # from here on LMDBs leave this folder
 
 
-def _finished(
-    environments: dict[int, lmdb.Environment], before: dict[str, Any], now: dict[str, Any]
-) -> set[str]:
-    """Return the images that all LMDBs hold, after deleting those that are gone or changed."""
-    stale = {image for image, stat in before.items() if now.get(image) != stat}
-    finished = set(now)
-    for s, environment in environments.items():
-        images = {key: key.decode().rpartition("_s")[0] for key in _keys(environment)}
-        _write({s: environment}, {s: {k: None for k, image in images.items() if image in stale}})
-        finished &= set(images.values()) - stale
-    return finished
-
-
-def _keys(environment: lmdb.Environment) -> list[bytes]:
-    with environment.begin() as transaction:
-        return [bytes(key) for key in transaction.cursor().iternext(values=False)]
-
-
-def _write(environments: dict[int, lmdb.Environment], batches: Batches) -> None:
-    """Store each batch as a whole, deleting what is None; the maps grow until they suffice."""
+def _write(
+    environments: dict[int, lmdb.Environment],
+    batches: dict[int, dict[bytes, bytes]],
+    done_file: Path,
+    done: dict[str, Any],
+) -> None:
+    """Store each batch as a whole, then what is done; the maps grow until they suffice."""
     for s, environment in environments.items():
         while batches[s]:
             try:
                 with environment.begin(write=True) as transaction:
-                    for key, record in batches[s].items():
-                        if record is None:
-                            transaction.delete(key)
-                        else:
-                            transaction.put(key, record)
+                    transaction.cursor().putmulti(batches[s].items())
                 batches[s].clear()
             except lmdb.MapFullError:
                 environment.set_mapsize(environment.info()["map_size"] + _MAP_STEP)
+    with atomic_write(done_file) as part:
+        part.write_text(json.dumps(done))
 
 
 def _cut(
     key: str, path: Path, args: argparse.Namespace, scales: list[int]
 ) -> tuple[list[str], dict[int, list[bytes]]]:
-    """Return notes on an image and its encoded sub-images, row by row, for each of the scales.
-
-    With a teacher, those of the image shrunk by each of --shrink follow one another.
-    """
+    """Return notes on an image, and its encoded sub-images by scale: by --shrink, row by row."""
     img, notes = stream.decode(path)
     if img.ndim == 2:
         img = cv2.cvtColor(img, cv2.COLOR_GRAY2BGR)
@@ -234,11 +211,7 @@ def _cut(
 
 @functools.cache  # once a process
 def load_teacher(spec: str, scale: int, imports: tuple[str, ...]) -> Upscaler:
-    """Load a teacher on the CPU, where all workers and images use the same back end.
-
-    Raises:
-        UserError: There is no such network or checkpoint, or it has another scale.
-    """
+    """Load a teacher on the CPU, where all workers and images use the same back end."""
     plugins.register(imports)  # in a worker, too
     teacher = Upscaler(sources.load_teacher(spec, scale), device="cpu", backend="torch")
     if teacher.scale != scale:
