@@ -254,8 +254,8 @@ def test_on_a_gpu(profile, tmp_path):
         ),
         ("EDVR:num_feat=16", "EDVR:num_feat=16: cannot take an input of 1 x 3 x 16 x 24: "),
         ("RIDNet:in_channels=3,mid_channels=64,out_channels=3", "returns 24x16 where x4 of"),
-        ("nowhere.yml", "mlrn profile: there is no option file nowhere.yml here"),
-        ("empty.yml", "mlrn profile: empty.yml has no section network_g"),
+        ("nowhere.yml", "nowhere.yml: there is no option file nowhere.yml here"),
+        ("empty.yml", "empty.yml: empty.yml has no section network_g"),
         ("other.yml", "other.yml: network_g:type: unknown 'MLRM'; did you mean MLRN"),
     ],
 )

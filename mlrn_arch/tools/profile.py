@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
@@ -55,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group().add_argument
     size("--output-size", type=_size, default=(1280, 720), metavar="WxH", help="default: 1280x720")
     size("--input-size", type=_size, metavar="WxH", help="instead; the NTIRE challenge's: 256x256")
-    add("--upscale", type=_positive, default=4, help="where NETWORK names none (default: 4)")
+    add("--upscale", type=int, default=4, help="where NETWORK names none (default: 4)")
     add("--device", choices=machine.DEVICES, help="default: cuda if there is one")
     add("--precision", choices=DTYPES, help="of weights and input (default: fp32)")
     add("--backend", nargs="+", choices=backends.NAMES, help="time these back ends as well")
-    add("--rounds", type=_positive, default=5, help="turns of each network (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="turns of each network (default: %(default)s)")
     add("--no-runtime", action="store_true", help="count only")
     add("--json", type=Path, metavar="FILE", help="write all figures, unrounded")
     parser.epilog = f"""examples:
@@ -68,12 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 {sources.FORMS}
 A checkpoint only says which network it is: weights change no figure, so none need be given."""
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
-    return int(text)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -88,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     """Profile the networks and print the tables; returns 0, 1 if some failed, 2 if all did."""
     if args.backend and args.no_runtime:
         raise UserError("--backend measures times, --no-runtime forbids it; give one of them")
+    if args.rounds < 1:
+        raise UserError("--rounds must be at least 1")
     device, dtype = machine.choose_device(args.device), DTYPES[args.precision or "fp32"]
     faults: list[str] = []
     subjects: list[Subject] = []
@@ -95,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             subjects.append(_subject(name, args, dtype))
         except UserError as error:
-            named = sources.split(name)[0] in str(error) and ".y" in name
-            faults.append(str(error) if named else f"{name}: {error}")
+            faults.append(f"{name}: {error}")
     if not args.no_runtime:
         faults += _measure(subjects, device, dtype, args)
 
@@ -137,14 +133,13 @@ def _measure(
 ) -> list[str]:
     """Add times (`eager_ms`, `torch_ms`, ...) and on a GPU memory to all rows; returns faults."""
     faults: list[str] = []
-    runs: list[tuple[int, str, Callable[[], Any]]] = []  # index of a network, name of the way
+    runs: dict[tuple[int, str], Callable[[], Any]] = {}  # by index of the network, and back end
     torch.backends.cudnn.benchmark = True  # as BasicSR
     with torch.inference_mode(), machine.exact_fp32():
         for index, (network, shape, row) in enumerate(subjects):
             try:
-                network.to(device, dtype)
                 x = torch.rand(shape, device=device, dtype=dtype)
-                network(x)  # cuDNN chooses its algorithms, caches fill
+                network.to(device, dtype)(x)  # cuDNN chooses its algorithms, caches fill
                 if device.type == "cuda":
                     row["peak_bytes"] = _peak_bytes(network, x)
             except Exception as error:  # out of memory, or no kernel for this precision
@@ -152,23 +147,24 @@ def _measure(
                 faults.append(f"{row['network']}: cannot run on {device}: {first_line(error)}")
                 continue
             row["eager_precision"] = args.precision or "fp32"
-            runs.append((index, "eager", functools.partial(network, x)))
+            runs[index, "eager"] = functools.partial(network, x)
             for name in args.backend or ():
                 where = device if name == "torch" else None
                 try:
                     backend = backends.load(network, name, where, args.precision or "auto")
                     backend(x)
-                    row[f"{name}_precision"] = backend.precision
-                    runs.append((index, name, functools.partial(backend, x)))
                 except UserError as error:
                     faults.append(f"{row['network']}: {error}")
-        times = counting.times_in_turns([run for *_, run in runs], args.rounds)
-    turns = {(index, way): ms for (index, way, _), ms in zip(runs, times, strict=True)}
+                    continue
+                row[f"{name}_precision"] = backend.precision
+                runs[index, name] = functools.partial(backend, x)
+        times = counting.times_in_turns(list(runs.values()), args.rounds)
+    turns = dict(zip(runs, times, strict=True))
     for (index, way), ms in turns.items():
         row = subjects[index][-1]
         row[f"{way}_ms"] = statistics.median(ms)
         row[f"{way}_ms_min"], row[f"{way}_ms_max"] = min(ms), max(ms)
-        for key, other in (("to_eager", (index, "eager")), ("ratio", (runs[0][0], way))):
+        for key, other in (("to_eager", (index, "eager")), ("ratio", (next(iter(turns))[0], way))):
             if other in turns:
                 pairs = zip(ms, turns[other], strict=True)
                 row[f"{way}_{key}"] = statistics.median(a / b for a, b in pairs)
@@ -195,18 +191,16 @@ def _print_counts(rows: Sequence[Row]) -> None:
 def _print_times(rows: Sequence[Row], ways: Sequence[str]) -> None:
     lines = [["network", "back end", "precision", "ms", "(min - max)", "to eager", "ratio"]]
     keys = "ms", "ms_min", "ms_max", "to_eager", "ratio"
-    for way in ways:
-        for row in rows:
-            if f"{way}_ms" in row:
-                cells = [f"{row.get(f'{way}_{key}', math.nan):.2f}" for key in keys]
-                cells[1:3] = [f"({cells[1]} - {cells[2]})"]
-                lines.append([row["network"], way, row[f"{way}_precision"], *cells])
+    for way, row in itertools.product(ways, rows):
+        if f"{way}_ms" in row:
+            ms, least, most, *ratios = (f"{row.get(f'{way}_{key}', math.nan):.2f}" for key in keys)
+            cells = way, row[f"{way}_precision"], ms, f"({least} - {most})", *ratios
+            lines.append([row["network"], *cells])
     _print_columns(lines)
 
 
 def _print_columns(lines: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *others in lines:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join(cells))
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    form = f"{{:{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
+    for line in lines:
+        print(form.format(*line))

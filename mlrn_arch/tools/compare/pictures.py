@@ -18,17 +18,11 @@ AXES = {
 def draw_tradeoffs(
     points: list[tuple[str, int, dict[str, float | None]]], metric: str, machine: str, folder: Path
 ) -> list[Path]:
-    """Draw a metric against parameters, mult-adds and time: a row of panels for each scale.
+    """Draw a metric, such as `Set5 PSNR`, against parameters, mult-adds and time on `machine`.
 
-    Args:
-        points: Name, scale and values of each network. Without a value on an axis (bicubic has no
-            parameters) it becomes a dashed line.
-        metric: The key of the vertical axis in the values, such as `Set5 PSNR`.
-        machine: Where time was measured.
-        folder: Gets `tradeoffs.png` and `.svg`; those of an earlier run are removed.
-
-    Returns:
-        The files. There are none without two networks with parameters at one scale.
+    `points` are name, scale and values of each network; each scale gets a row of panels. A network
+    without a value on an axis (bicubic has no parameters) becomes a dashed line. Returns the files
+    in `folder`: none without two networks with parameters at one scale.
     """
     from matplotlib.figure import Figure
 
@@ -37,8 +31,6 @@ def draw_tradeoffs(
     learned = [scale for _, scale, _, values in scored if values.get("parameters")]
     scales = sorted(scale for scale in set(learned) if learned.count(scale) > 1)
     if not scales:
-        for path in paths:
-            path.unlink(missing_ok=True)
         return []
     names = list(dict.fromkeys(name for name, *_ in scored))
     figure = Figure(figsize=(13, 3.9 * len(scales)), layout="constrained")
@@ -78,13 +70,10 @@ def draw_crops(
     crops: list[tuple[str, str, np.ndarray]],
     path: Path,
 ) -> None:
-    """Draw an image with a crop framed, and beside it that crop by each method (Figure 3).
+    """Draw an HR image with a crop framed, and beside it that crop by each method (Figure 3).
 
-    Args:
-        original: The HR image, (h, w, 3), uint8, BGR; `title` stands beneath it.
-        crop: x, y, width and height in the HR image.
-        crops: The name of each method, the text beneath it, and its crop.
-        path: The PNG that is written.
+    Images are uint8 BGR; `crop` is x, y, width and height; `crops` are the name of each method, the
+    text beneath it, and its crop.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -97,17 +86,14 @@ def draw_crops(
     left = (tall * lines - 0.55) * original.shape[1] / original.shape[0]
     figure = Figure(figsize=(left + columns * (wide + 0.1), tall * lines), layout="constrained")
     grid = figure.add_gridspec(lines, columns + 1, width_ratios=[left, *[wide] * columns])
-    panels = [figure.add_subplot(grid[:, 0])]
-    panels += [figure.add_subplot(grid[i // columns, i % columns + 1]) for i in range(len(crops))]
-    panels[0].imshow(original[..., ::-1])
-    panels[0].add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="red", linewidth=2))
-    panels[0].set_xlabel(f"{title}\nPSNR / SSIM of the whole image", fontsize=11)
-    for panel, (name, score, image) in zip(panels[1:], crops, strict=True):
+    panel = figure.add_subplot(grid[:, 0], xticks=[], yticks=[])
+    panel.imshow(original[..., ::-1])
+    panel.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="red", linewidth=2))
+    panel.set_xlabel(f"{title}\nPSNR / SSIM of the whole image", fontsize=11)
+    for i, (name, score, image) in enumerate(crops):
+        place = grid[i // columns, i % columns + 1]
+        panel = figure.add_subplot(place, xticks=[], yticks=[])
         panel.imshow(image[..., ::-1], interpolation="nearest")
-        name = textwrap.fill(name, max(int(wide * 9), 8))
-        panel.set_xlabel(f"{name}\n{score}", fontsize=11)
-    for panel in panels:
-        panel.set_xticks([])
-        panel.set_yticks([])
+        panel.set_xlabel(f"{textwrap.fill(name, max(int(wide * 9), 8))}\n{score}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)

@@ -69,8 +69,6 @@ def fill(rows: list[Row], folder: Path, problems: list[str]) -> bool:
 
     `folder` caches the scores of each network on each set; `problems` gets a line for each failure.
     """
-    hashes: dict[tuple, str] = {}
-    images_of: dict[tuple[int, str], str] = {}
     with tqdm(unit="image", disable=None) as bar:
         for row in rows:
             row.values = dict.fromkeys(("parameters", "mult_adds", "time_ms"))
@@ -81,10 +79,7 @@ def fill(rows: list[Row], folder: Path, problems: list[str]) -> bool:
                 continue
             for name, opt in row.sets.items():
                 bar.set_description(f"{row.title}, {name}")
-                images = _hash_of_images(opt, hashes)
-                if images_of.setdefault((opt["scale"], name), images) != images:
-                    problems.append(f"{row.argument}: its {name} has other images than those above")
-                cell = _cell(folder, row, opt, images)
+                cell = _cell(folder, row, opt)
                 try:
                     found = json.loads(cell.read_text())
                 except (OSError, ValueError):
@@ -118,21 +113,21 @@ def path_of(dataset: Any, index: int) -> Path:
 
 def _score_set(row: Row, dataset: Any, bar: tqdm, problems: list[str]) -> dict[str, Any]:
     """The means over a set, with the images that are not in them; empty if an image failed."""
-    scores: dict[str, list[tuple[str, float]]] = {}
+    scores: dict[Path, dict[str, float]] = {}
     for index in range(len(dataset)):
-        image = path_of(dataset, index).name
+        image = path_of(dataset, index)
         try:
-            for metric, value in score_image(row.model, dataset, index).items():
-                scores.setdefault(metric, []).append((image, value))
+            scores[image] = score_image(row.model, dataset, index)
         except Exception as error:  # a network may fail on an image in any way
-            problems.append(f"{row.title}, {dataset.opt['name']}, {image}: {first_line(error)}")
+            where = f"{row.title}, {dataset.opt['name']}, {image.name}"
+            problems.append(f"{where}: {first_line(error)}")
             return {}
         bar.update()
     found: dict[str, Any] = {"left out": {}}
-    for metric, values in scores.items():
-        finite = [value for _, value in values if math.isfinite(value)]
+    for metric in next(iter(scores.values())):
+        finite = [s[metric] for s in scores.values() if math.isfinite(s[metric])]
         found[metric] = statistics.fmean(finite) if finite else None
-        if without := [image for image, value in values if not math.isfinite(value)]:
+        if without := [image.name for image, s in scores.items() if not math.isfinite(s[metric])]:
             found["left out"][metric] = ", ".join(without)
     return found
 
@@ -162,30 +157,22 @@ def _measure(rows: list[Row], problems: list[str]) -> None:
         row.values["time_ms"] = statistics.median(turns)
 
 
-def _hash_of_images(dataset: Options, known: dict[tuple, str]) -> str:
-    """SHA-256 over names and contents of a set's files."""
-    roots = dataset.get("dataroot_gt"), dataset.get("dataroot_lq"), dataset.get("meta_info_file")
-    if roots not in known:
-        digest = hashlib.sha256()
-        for folder in map(Path, filter(None, roots)):
-            for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
-                if path.is_file() and path.name != "lock.mdb":
-                    digest.update(f"{path.relative_to(folder)}\0".encode())
-                    digest.update(hashlib.sha256(path.read_bytes()).digest())
-        known[roots] = digest.hexdigest()
-    return known[roots]
-
-
-def _cell(folder: Path, row: Row, dataset: Options, images: str) -> Path:
+def _cell(folder: Path, row: Row, dataset: Options) -> Path:
     """The file that caches scores, named by a hash of options, checkpoint and images."""
     weights = row.checkpoint.read_bytes() if row.checkpoint.name else b""
-    identity = {
+    identity: dict[str, Any] = {
         "options": {key: value for key, value in row.opt.items() if key not in PLACES},
         "load": [row.opt["path"].get(key) for key in ("param_key_g", "strict_load_g")],
-        "dataset": {k: v for k, v in dataset.items() if not k.startswith("dataroot")},
+        "dataset": dataset,
         "weights": hashlib.sha256(weights).hexdigest(),
-        "images": images,
+        "images": [],
     }
+    roots = [dataset.get(key) for key in ("dataroot_gt", "dataroot_lq", "meta_info_file")]
+    for root in map(Path, filter(None, roots)):
+        for file in sorted(root.rglob("*")) or [root]:
+            if file.name != "lock.mdb":  # which every reader writes
+                stat = file.stat()
+                identity["images"].append([str(file), stat.st_size, stat.st_mtime_ns])
     text = json.dumps(identity, sort_keys=True, default=str)
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
