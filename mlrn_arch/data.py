@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,12 +64,10 @@ class FastPairedImageDataset(PairedImageDataset):
 
 def _image(value: bytes | memoryview) -> np.ndarray:
     """Decode an image, (h, w, 3), BGR; of an uncompressed 24-bit BMP give a view instead."""
-    if value[:2] == b"BM" and value[28:30] == b"\x18\x00" and value[30:34] == bytes(4):
-        start, width, height = (
-            int.from_bytes(value[i : i + 4], "little", signed=True) for i in (10, 18, 22)
-        )
-        if height > 0:  # stored bottom row first, each row padded to four bytes
-            stride = (width * 3 + 3) // 4 * 4
+    if value[:2] == b"BM":
+        start, width, height, bits, compression = struct.unpack_from("<10xi4xii2xHi", value)
+        if (bits, compression) == (24, 0) and height > 0:  # the bottom row first
+            stride = (width * 3 + 3) // 4 * 4  # each row is padded to four bytes
             rows = np.frombuffer(value, np.uint8, stride * height, start).reshape(height, stride)
             return rows[::-1, : width * 3].reshape(height, width, 3)
     image = cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_COLOR)
@@ -115,9 +114,8 @@ class _Checked(torch.utils.data.Dataset):
             return self.dataset[index]
         except Exception as error:
             name = getattr(self.dataset, "paths", {index: index})[index]
-            kind = "training image" if self.opt["phase"] == "train" else "image"
             raise UserError(
-                f"{kind} {name} of {self.opt.get('dataroot_gt')} cannot be read: "
+                f"image {name} of {self.opt.get('dataroot_gt')} cannot be read: "
                 f"{type(error).__name__}: {error}; restore or prepare the dataset again"
             ) from None
 
@@ -132,8 +130,7 @@ def seed_everything(text: str) -> None:
 def build_dataloader(dataset: Any, dataset_opt: dict[str, Any], **kwargs: Any) -> Any:
     """BasicSR's `build_dataloader`; in training with seeded samples and workers that stay.
 
-    BasicSR's workers start again with the same seeds in every epoch, so that short epochs repeat
-    the same crops.
+    BasicSR's workers have the same seeds in every epoch: short epochs repeat the same crops.
     """
     if dataset_opt["phase"] != "train":
         return build_stock_dataloader(_Checked(dataset), dataset_opt, **kwargs)

@@ -24,7 +24,7 @@ from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
 from mlrn_arch.errors import UserError
 from mlrn_arch.tools import compare
-from mlrn_arch.tools.compare import pictures, scoring, tables
+from mlrn_arch.tools.compare import report, scoring
 
 TINY = {"upscale": 2, "num_feat": 8, "num_block": 1, "esa_feat": 4}
 
@@ -333,14 +333,14 @@ def test_visual(networks, capsys, paired_data):
 
 
 def test_table_1_and_its_picture(tmp_path):
-    printed = tables.paper()
+    printed = report.paper()
     assert len(printed) == 28
     assert printed["MLRN", 4]["Set5 PSNR"] == "32.30" and printed["MLRN", 2]["mult_adds"] == "90.4G"
-    assert tables.number(printed["CARN", 3]["parameters"]) == 1592e3
+    assert report.number(printed["CARN", 3]["parameters"]) == 1592e3
     points = [
-        (name, scale, {column: tables.number(text) for column, text in row.items()})
+        (name, scale, {column: report.number(text) for column, text in row.items()})
         for (name, scale), row in printed.items()
         if scale == 4
     ]
-    png, svg = pictures.draw_tradeoffs(points, "Set5 PSNR", "a machine", tmp_path)
+    png, svg = report.draw_tradeoffs(points, "Set5 PSNR", "a machine", tmp_path)
     assert cv2.imread(str(png)).std() > 10 and svg.stat().st_size > 10000

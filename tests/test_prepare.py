@@ -219,7 +219,7 @@ def test_nothing_to_do_it_with(tmp_path):
         with pytest.raises(UserError, match="no image can be used"):
             run(source, tmp_path / "new" / "D", *benchmark)
         assert not list((tmp_path / "new").rglob("*.*"))
-    with pytest.raises(UserError, match="same folder"):
+    with pytest.raises(UserError, match="no images .* outside of OUTPUT"):
         run(source, source)
 
 

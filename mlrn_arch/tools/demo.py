@@ -11,9 +11,9 @@ import argparse
 import importlib.resources
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 
 from mlrn_arch import shipped
 from mlrn_arch.errors import UserError
@@ -34,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; returns 0, or 1 if MLRN did not beat bicubic.
-
-    Raises:
-        UserError: A step of the chain failed.
-    """
+    """Run the demo; returns 0, or 1 if MLRN did not beat bicubic."""
     folder = Path(args.output)
     for name, photos in PHOTOS.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -73,13 +69,8 @@ def run(args: argparse.Namespace) -> int:
 def _step(folder: Path, command: str, show: str) -> None:
     """Run `mlrn COMMAND` in the folder, and print the lines of its output that contain `show`."""
     print(f"\n{folder}$ mlrn {command}", flush=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlrn_arch", *command.split()],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = [sys.executable, "-m", "mlrn_arch", *command.split()]
+    process = Popen(words, cwd=folder, stdout=PIPE, stderr=STDOUT, text=True)
     output = []
     for line in process.stdout or ():
         output.append(line)

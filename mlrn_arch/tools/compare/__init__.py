@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ import cv2
 import numpy as np
 import torch
 from basicsr.data import build_dataset
-from basicsr.utils import bgr2ycbcr, imfrombytes, tensor2img
+from basicsr.utils import bgr2ycbcr, tensor2img
 from basicsr.utils.color_util import ycbcr2bgr
 
 from mlrn_arch import machine, options, sources
 from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.models.validation import build_model
-from mlrn_arch.tools.compare import pictures, scoring, tables
+from mlrn_arch.tools.compare import report, scoring
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,10 +103,10 @@ def _table(rows: list[scoring.Row], args: argparse.Namespace, problems: list[str
     if not scoring.fill(rows, args.output / "cells", problems):
         return False
     where = machine.name_of(torch.device("cuda" if rows[0].opt["num_gpu"] > 0 else "cpu"))
-    columns = tables.write(rows, args.output, where, args.paper)
-    metric = f"{args.set or columns[len(tables.HEADS)][: -len(' PSNR')]} PSNR"
+    columns = report.write(rows, args.output, where, args.paper)
+    metric = f"{args.set or columns[len(report.HEADS)][: -len(' PSNR')]} PSNR"
     points = [(row.label, row.opt["scale"], row.values) for row in rows]
-    if paths := pictures.draw_tradeoffs(points, metric, where, args.output):
+    if paths := report.draw_tradeoffs(points, metric, where, args.output):
         print("Picture:", *paths)
     return True
 
@@ -127,18 +126,18 @@ def _visual(rows: list[scoring.Row], args: argparse.Namespace, problems: list[st
             if not (0 <= x < right <= gt.shape[1] and 0 <= y < bottom <= gt.shape[0]):
                 size = f"{gt.shape[1]}x{gt.shape[0]}"
                 raise UserError(f"the crop reaches out of the image, which is {size}")
-            with tempfile.TemporaryDirectory() as folder:
-                row.opt["path"]["visualization"] = folder
-                scores = scoring.score_image(build_model(row.opt), dataset, index, save_img=True)
-                (file,) = Path(folder).rglob("*.png")
-                image = imfrombytes(file.read_bytes(), flag="unchanged")
+            model = build_model(row.opt)
+            scores = scoring.score_image(model, dataset, index)
+            model.feed_data({"lq": dataset[index]["lq"][None], "lq_path": [""]})
+            model.test()
+            image = tensor2img(model.get_current_visuals()["result"])
             if image.ndim == 2:  # a network of the Y channel: the colours are the input's
                 chroma = cv2.resize(bgr2ycbcr(lq), image.shape[::-1], interpolation=cv2.INTER_CUBIC)
                 image = ycbcr2bgr(np.dstack([image, chroma[..., 1:]]))
         except Exception as error:  # a network may fail on an image in any way
             problems.append(f"{row.title}, {args.visual}: {first_line(error)}")
             continue
-        values = " / ".join(tables.text_of(metric, value) for metric, value in scores.items())
+        values = " / ".join(report.text_of(metric, value) for metric, value in scores.items())
         crops.append((row.label, values, image[y:bottom, x:right]))
         original, title = gt, scoring.path_of(dataset, index).stem
         title = f"{title} ({dataset.opt['name']}), x{scale}"
@@ -147,7 +146,7 @@ def _visual(rows: list[scoring.Row], args: argparse.Namespace, problems: list[st
     crops.append(("HR", "PSNR / SSIM", original[y:bottom, x:right]))
     stem = re.sub(r"\W+", "_", title).strip("_")
     path = args.output / f"visual_{stem}_{x}_{y}_{width}_{height}.png"
-    pictures.draw_crops(original, title, (x, y, width, height), crops, path)
+    report.draw_crops(original, title, (x, y, width, height), crops, path)
     for label, values, _ in crops[:-1]:
         print(f"{label:28}{values}")
     print("Picture:", path)

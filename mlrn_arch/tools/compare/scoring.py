@@ -85,7 +85,9 @@ def fill(rows: list[Row], folder: Path, problems: list[str]) -> bool:
                 except (OSError, ValueError):
                     found = _score_set(row, build_dataset(opt), bar, problems)
                     if found:
-                        save(cell, json.dumps(found))
+                        folder.mkdir(parents=True, exist_ok=True)
+                        with atomic_write(cell) as part:
+                            part.write_text(json.dumps(found))
                 row.values.update({f"{name} {metric}": found.get(metric) for metric in METRICS})
                 for metric, images in found.get("left out", {}).items():
                     row.left_out.append(f"{row.title}, {name}: {metric} is a mean without {images}")
@@ -95,11 +97,11 @@ def fill(rows: list[Row], folder: Path, problems: list[str]) -> bool:
     return scored
 
 
-def score_image(model: Any, dataset: Any, index: int, save_img: bool = False) -> dict[str, float]:
+def score_image(model: Any, dataset: Any, index: int) -> dict[str, float]:
     """PSNR and SSIM of one image, by the validation of `mlrn test`; NaN where that finds none."""
     loader = DataLoader(dataset, sampler=[index])
     with quiet():  # it warns of images without a score
-        model.validation(loader, model.opt["name"], tb_logger=None, save_img=save_img)
+        model.validation(loader, model.opt["name"], tb_logger=None, save_img=False)
     names = {m["type"]: name for name, m in (model.opt["val"].get("metrics") or {}).items()}
     found = {column: names[kind] for column, kind in METRICS.items() if kind in names}
     return {column: float(model.metric_results.get(n, math.nan)) for column, n in found.items()}
@@ -175,10 +177,3 @@ def _cell(folder: Path, row: Row, dataset: Options) -> Path:
                 identity["images"].append([str(file), stat.st_size, stat.st_mtime_ns])
     text = json.dumps(identity, sort_keys=True, default=str)
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-
-
-def save(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8")

@@ -9,7 +9,6 @@ import re
 import signal
 import sys
 import threading
-import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -32,22 +31,19 @@ def find(source: Path, output: Path) -> dict[str, Path]:
     """Return the images below `source`, but not below `output`, by their key, sorted by path."""
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; INPUT is a folder of HR images")
-    if source.resolve() == output.resolve():
-        raise UserError("INPUT and OUTPUT are the same folder; choose another OUTPUT")
     paths, seen = [], {output.resolve()}
     for folder, names, files in os.walk(source, followlinks=True):
-        real = Path(folder).resolve()
-        names[:] = sorted(n for n in names if not n.startswith(".") and not n.endswith(".lmdb"))
-        if real in seen:  # following a link back up would never end
+        if (real := Path(folder).resolve()) in seen:  # following a link back up would never end
             names.clear()
             continue
         seen.add(real)
+        names[:] = sorted(n for n in names if not n.startswith(".") and not n.endswith(".lmdb"))
         paths += [Path(folder, file) for file in files if not file.startswith(".")]
     images: dict[str, Path] = {}
     for path in sorted(path for path in paths if path.suffix.lower() in image_files.FORMATS):
         name = "_".join(path.relative_to(source).with_suffix("").parts)
-        # BasicSR ends a key at its first dot and encodes it as ASCII
         name = unicodedata.normalize("NFC", name)
+        # BasicSR ends a key at its first dot and encodes it as ASCII
         key = re.sub("[^A-Za-z0-9_-]", lambda c: f"-{ord(c[0]):x}-", name)
         if key in images:
             raise UserError(f"{images[key]} and {path} would both be {key}; rename or move one")
@@ -55,7 +51,8 @@ def find(source: Path, output: Path) -> dict[str, Path]:
             raise UserError(f"the name of {path} is too long to be a key; rename it")
         images[key] = path
     if not images:
-        raise UserError(f"no images ({', '.join(image_files.FORMATS)}) in {source}")
+        formats = ", ".join(image_files.FORMATS)
+        raise UserError(f"no images ({formats}) in {source} outside of OUTPUT")
     return images
 
 
@@ -66,7 +63,6 @@ class Report:
     images: dict[str, Path]
     left_out: dict[str, str] = field(default_factory=dict)
     notes: Counter = field(default_factory=Counter)
-    start: float = field(default_factory=time.monotonic)
 
     def close(self) -> int:
         """Print it; returns the exit code, or raises UserError if all are left out."""
@@ -76,8 +72,7 @@ class Report:
         if not used:
             raise UserError("no image can be used")
         notes = [f"{number} {note}" for note, number in sorted(self.notes.items())]
-        seconds = time.monotonic() - self.start
-        print("; ".join([f"{used} of {total} images in {seconds:.1f} s", *notes]))
+        print("; ".join([f"{used} of {total} images", *notes]))
         return 1 if self.left_out else 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import glob
 import json
@@ -10,6 +9,7 @@ import shlex
 import shutil
 import tempfile
 import zlib
+from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,12 +28,14 @@ from mlrn_arch.inference.resize import imresize
 from mlrn_arch.inference.upscaler import Upscaler
 from mlrn_arch.tools.prepare import stream
 
+Plan = dict[str, Any]  # what LMDBs are made of: the settings, the images
+Batches = dict[int, dict[bytes, bytes]]  # records by scale and key
 MULTIPLE = 12  # divisible by every scale: HR is cropped to it
 _COMMIT_BYTES = 2**26  # what waits in memory, and what a kill can lose
 _MAP_STEP = 2**28  # bytes: an LMDB's map starts small, for batch systems limit address space
 
 
-def make(args: argparse.Namespace, report: stream.Report) -> int:
+def make(args: Namespace, report: stream.Report) -> int:
     """Make the LMDBs of the report's images as `args` say; returns the exit code."""
     name = (args.name or args.output.resolve().name).removesuffix("_train")
     if not name or name.startswith(".") or Path(name).name != name:
@@ -73,9 +75,9 @@ def make(args: argparse.Namespace, report: stream.Report) -> int:
     return code
 
 
-def _plan(args: argparse.Namespace, images: dict[str, Path]) -> dict[str, Any]:
+def _plan(args: Namespace, images: dict[str, Path]) -> Plan:
     """What the LMDBs are made of: the settings, and the size and time of each image."""
-    plan: dict[str, Any] = {key: vars(args)[key] for key in ("crop_size", "step", "format")}
+    plan: Plan = {key: vars(args)[key] for key in ("crop_size", "step", "format")}
     if args.teacher:
         teacher = load_teacher(args.teacher, args.scale[0], tuple(args.imports))
         weights = (tensor.cpu().numpy() for tensor in teacher.network.state_dict().values())
@@ -88,7 +90,7 @@ def _plan(args: argparse.Namespace, images: dict[str, Path]) -> dict[str, Any]:
     return plan
 
 
-def _check_existing(folder: Path, plan: dict[str, Any]) -> None:
+def _check_existing(folder: Path, plan: Plan) -> None:
     """Refuse an existing LMDB that this plan would make differently."""
     record = _read_json(folder / "prepare.json")
     before, now = record.get("images", {}), plan["images"]
@@ -109,19 +111,12 @@ def _check_existing(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def _fill(
-    unfinished: Path,
-    lmdbs: dict[int, Path],
-    plan: dict[str, Any],
-    args: argparse.Namespace,
-    report: stream.Report,
+    unfinished: Path, lmdbs: dict[int, Path], plan: Plan, args: Namespace, report: stream.Report
 ) -> None:
     """Make the LMDBs in the folder `unfinished`, without the images that are done there."""
     done_file = unfinished / "done.json"  # by image: its size and time, its number of sub-images
-    done = {
-        key: found
-        for key, found in _read_json(done_file).items()
-        if found[0] == plan["images"].get(key)
-    }
+    before = _read_json(done_file)
+    done = {key: found for key, found in before.items() if found[0] == plan["images"].get(key)}
     if done:
         print(f"continuing: {len(done)} of {len(report.images)} images are done")
     images = {key: path for key, path in report.images.items() if key not in done}
@@ -131,7 +126,7 @@ def _fill(
             s: stack.enter_context(lmdb.open(str(unfinished / folder.name), map_size=_MAP_STEP))
             for s, folder in lmdbs.items()
         }
-        batches: dict[int, dict[bytes, bytes]] = {s: {} for s in lmdbs}
+        batches: Batches = {s: {} for s in lmdbs}
         work = functools.partial(_cut, args=args, scales=list(lmdbs))
         size = 0
         for key, records in stream.results(work, images, args.workers, report):
@@ -155,10 +150,7 @@ def _fill(
 
 
 def _write(
-    environments: dict[int, lmdb.Environment],
-    batches: dict[int, dict[bytes, bytes]],
-    done_file: Path,
-    done: dict[str, Any],
+    environments: dict[int, lmdb.Environment], batches: Batches, done_file: Path, done: Plan
 ) -> None:
     """Store each batch as a whole, then what is done; the maps grow until they suffice."""
     for s, environment in environments.items():
@@ -174,7 +166,7 @@ def _write(
 
 
 def _cut(
-    key: str, path: Path, args: argparse.Namespace, scales: list[int]
+    key: str, path: Path, args: Namespace, scales: list[int]
 ) -> tuple[list[str], dict[int, list[bytes]]]:
     """Return notes on an image, and its encoded sub-images by scale: by --shrink, row by row."""
     img, notes = stream.decode(path)
@@ -230,7 +222,7 @@ def _move_into_place(unfinished: Path, lmdbs: Iterable[Path]) -> None:
     shutil.rmtree(unfinished)
 
 
-def _print_commands(lmdbs: dict[int, Path], args: argparse.Namespace) -> None:
+def _print_commands(lmdbs: dict[int, Path], args: Namespace) -> None:
     """Print how to fine-tune on the LMDBs, and from scratch if an option file names them."""
     scale = max(lmdbs)
     own = {"dataroot_gt": str(lmdbs[1]), "dataroot_lq": str(lmdbs[scale])}
