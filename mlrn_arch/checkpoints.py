@@ -25,11 +25,7 @@ WRAPPERS = r"^(module\.|_orig_mod\.)+|_orig_mod\."
 
 
 def resolve(path: str) -> str:
-    """The file of a checkpoint: `mlrn://NAME` is a shipped one, `~` the home folder.
-
-    Raises:
-        UserError: Nothing of that name is shipped.
-    """
+    """The file of a checkpoint: `mlrn://NAME` is a shipped one, `~` the home folder."""
     if not path.startswith(PREFIX):
         return os.path.expanduser(path)
     try:
@@ -41,10 +37,7 @@ def resolve(path: str) -> str:
 def read(path: str) -> dict[str, Any]:
     """Load a checkpoint onto the CPU as it is: a `torch.save` or safetensors file, or mlrn://NAME.
 
-    The last files are kept, so that who needs one again need not read it again.
-
-    Raises:
-        UserError: No such file, or it is no checkpoint.
+    Raises `UserError` if there is no such file, or it is no checkpoint.
     """
     file, kind = resolve(path), "PyTorch checkpoint"
     if file.endswith(".safetensors"):
@@ -87,15 +80,10 @@ def state_dict(
 
     A checkpoint is `{"params": ..., "params_ema": ...}` as BasicSR saves it, a bare state dict, or
     one under any other key. As in BasicSR, one without `key` gives its `params`. `module.`
-    (DataParallel) and `_orig_mod.` (torch.compile) are taken off the names.
+    (DataParallel) and `_orig_mod.` (torch.compile) are taken off the names. `path` is for messages;
+    `notes` gets a line for each choice.
 
-    Args:
-        key: `path:param_key_g`.
-        path: The file's name, for messages.
-        notes: Gets a line for each choice that was made.
-
-    Raises:
-        UserError: It holds no state dict, several under unknown keys, NaN or infinity.
+    Raises `UserError` for no state dict, several under unknown keys, NaN or infinity.
     """
     notes = [] if notes is None else notes
     kinds = [name for name, value in checkpoint.items() if _is_state(value)]
@@ -122,9 +110,8 @@ def state_dict(
 
 
 def _is_state(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    return bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
+    tensors = isinstance(value, dict) and [isinstance(v, torch.Tensor) for v in value.values()]
+    return bool(tensors) and all(tensors)
 
 
 def load(
@@ -140,15 +127,11 @@ def load(
     Args:
         path, key: As `read` and `state_dict` take them.
         strict: Whether all tensors must be there. Those that are must fit in any case.
-        arguments: The network's, as `networks.build` returns them, to compare with what the
-            checkpoint notes. Without them only the image range is compared.
+        arguments: The network's, to compare with what the checkpoint notes; see `networks.build`.
         convert: Whether MLRN's weights of another image range are converted, or refused.
 
-    Returns:
-        A line for each choice, conversion and tensor left out.
-
-    Raises:
-        UserError: No such checkpoint, or it is not of this network.
+    Returns a line for each choice, conversion and tensor left out. Raises `UserError` if there is
+    no such checkpoint, or it is of another network.
     """
     notes: list[str] = []
     state, own = state_dict(read(path), key, path, notes), network.state_dict()
@@ -208,10 +191,9 @@ def convert_range(network: torch.nn.Module, img_range: Any) -> None:
 
 
 def note(state: StateDict, network_g: dict[str, Any]) -> OrderedDict:
-    """Note in a state dict which network it is of, where every loader passes it on.
+    """A copy of a state dict that notes its network in `_metadata`.
 
-    PyTorch keeps the versions of modules in a state dict's `_metadata`. What lies beside them
-    there is saved and loaded too, and strict loading ignores it.
+    PyTorch saves and loads this attribute, and strict loading ignores what it does not know there.
     """
     copy, before = OrderedDict(state), getattr(state, "_metadata", {})
     root = {"version": 1, **before.get("", {}), "network_g": dict(network_g)}
@@ -225,17 +207,11 @@ def noted(state: StateDict) -> dict[str, Any]:
 
 
 def deduce(checkpoint: dict[str, Any], path: str = "the checkpoint") -> dict[str, Any]:
-    """Find out which network a checkpoint is of.
+    """The section `network_g` of the network that a checkpoint is of.
 
-    Checkpoints of `mlrn train` and `mlrn export` note it. Any other must be MLRN's: its shapes tell
-    most arguments. `act` and `bilinear` are the defaults then, and `img_range` is 255 for the
-    challenge's form (50 features, 4 blocks) and 1 for all others.
-
-    Returns:
-        A section `network_g`: `type`, and the arguments of the network.
-
-    Raises:
-        ValueError: It notes nothing and is not MLRN's.
+    Checkpoints of `mlrn train` and `mlrn export` note it. Any other must be MLRN's, or `ValueError`
+    is raised: its shapes tell most arguments. `act` and `bilinear` are the defaults then, and
+    `img_range` is 255 for the challenge's form (50 features, 4 blocks) and 1 for all others.
     """
     state = state_dict(checkpoint, path=path)
     if network_g := noted(state):

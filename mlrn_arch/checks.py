@@ -12,12 +12,7 @@ import torch
 from basicsr.archs.vgg_arch import VGG_PRETRAIN_PATH
 from basicsr.models import lr_scheduler
 from basicsr.models.base_model import BaseModel
-from basicsr.utils.registry import (
-    DATASET_REGISTRY,
-    LOSS_REGISTRY,
-    METRIC_REGISTRY,
-    MODEL_REGISTRY,
-)
+from basicsr.utils.registry import DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
 from mlrn_arch import checkpoints, networks
 from mlrn_arch.compat import newest_states
@@ -223,10 +218,8 @@ def _make(
     where: str, registry: Any, opt: Options, others: Options | None = None
 ) -> Generator[str, None, Any]:
     """Make what a section names and return it, or yield why that fails."""
-    faults = list(check_call(where, registry, opt, others))
-    yield from faults
     try:
-        return None if faults else networks.make(where, registry, {**opt, **(others or {})})
+        return networks.make(where, registry, opt, others)
     except UserError as error:
         fault = str(error)
         if "urlopen error" in fault:  # PerceptualLoss downloads VGG19 if it is not there

@@ -17,13 +17,14 @@ import traceback
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision.transforms.functional as tv_functional
 from PIL import Image, PngImagePlugin
+from torch import nn
 
 # Large photographs, and profiles and prompts of some MB, are no attack here.
 Image.MAX_IMAGE_PIXELS = None
@@ -90,11 +91,7 @@ def _register(self: Registry, name: str, obj: Any, suffix: str | None = None) ->
 
 
 def _load_network(
-    self: BaseModel,
-    net: torch.nn.Module,
-    load_path: str,
-    strict: bool = True,
-    param_key: str | None = "params",
+    self: BaseModel, net: nn.Module, load_path: str, strict: bool = True, param_key: Any = "params"
 ) -> None:
     """Load a checkpoint of any form that `checkpoints` reads.
 
@@ -107,10 +104,10 @@ def _load_network(
         get_root_logger().info(note)
 
 
-def _model_to_device_cpu(self: BaseModel, net: torch.nn.Module) -> torch.nn.Module:
+def _model_to_device_cpu(self: BaseModel, net: nn.Module) -> nn.Module:
     """Wrap for distributed training on CPUs too; BasicSR needs a CUDA device."""
     if self.opt["dist"] and self.device.type == "cpu":
-        return torch.nn.parallel.DistributedDataParallel(
+        return nn.parallel.DistributedDataParallel(
             net, find_unused_parameters=self.opt.get("find_unused_parameters", False)
         )
     return _model_to_device(self, net)
@@ -121,9 +118,7 @@ BaseModel.load_network = _load_network
 BaseModel.model_to_device = _model_to_device_cpu
 if not torch.cuda.is_available():  # BasicSR's own pipeline does not adapt options
     for _module in (prefetch_dataloader, importlib.import_module("basicsr.train")):
-        vars(_module)["CUDAPrefetcher"] = lambda loader, opt: prefetch_dataloader.CPUPrefetcher(
-            loader
-        )
+        vars(_module)["CUDAPrefetcher"] = lambda data, _: prefetch_dataloader.CPUPrefetcher(data)
 
 
 def load_state(path: str) -> dict[str, Any]:
@@ -188,36 +183,21 @@ class _MessageLogger(MessageLogger):
         super().__call__(log_vars)
 
 
-def _tensorboard_from(step: int) -> Callable[[str], Any]:
-    """BasicSR's `init_tb_logger`; what a killed run logged from this step on is forgotten."""
+@master_only
+def _tb_logger(log_dir: str, purge_step: int) -> Any:
+    """BasicSR's `init_tb_logger`; what a killed run logged from `purge_step` on is forgotten."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    @master_only
-    def init_tb_logger(log_dir: str) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(log_dir, purge_step=step)
-
-    return init_tb_logger
+    return SummaryWriter(log_dir, purge_step=purge_step)
 
 
 def run_pipeline(
-    phase: str,
-    opt: dict[str, Any],
-    args: argparse.Namespace,
-    notes: list[str],
-    **replaced: Any,
+    phase: str, opt: dict[str, Any], args: argparse.Namespace, notes: list[str], **replaced: Any
 ) -> None:
     """Run BasicSR's own `train_pipeline` or `test_pipeline` on options already read.
 
-    Args:
-        phase: `train` or `test`.
-        opt: Complete options, as BasicSR's `parse_options` would return them.
-        args: The command line; BasicSR copies the file `args.opt` into the experiment.
-        notes: What was adapted to this machine, for the log.
-        replaced: Attributes of the pipeline's module and their replacements.
-
-    Raises:
-        UserError: A training image cannot be read.
+    BasicSR copies the file `args.opt` into the experiment, and the log begins with `notes`.
+    `replaced` are attributes of the pipeline's module.
     """
     pipeline: Any = importlib.import_module(f"basicsr.{phase}")
     for name, replacement in replaced.items():
@@ -243,7 +223,7 @@ def run_pipeline(
         def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
             state = _load_resume_state(opt)
             if state:
-                pipeline.init_tb_logger = _tensorboard_from(state["iter"] + 1)
+                pipeline.init_tb_logger = partial(_tb_logger, purge_step=state["iter"] + 1)
             return state
 
         pipeline.load_resume_state = load_resume_state

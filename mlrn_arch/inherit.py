@@ -18,11 +18,7 @@ LARGEST_STEP = 0.05  # learning rate over the last weights' RMS: x4 loses 0.4 dB
 
 
 def inherit_weights(network: nn.Module, path: str) -> None:
-    """Start an MLRN from a checkpoint of RLFN (image range 255 if none is noted) or of MLRN.
-
-    Raises:
-        UserError: It is no checkpoint or does not fit, or `network` is no MLRN.
-    """
+    """Start an MLRN from a checkpoint of RLFN (image range 255 if none is noted) or of MLRN."""
     if not isinstance(network, MLRN):
         raise UserError(f"{type(network).__name__} inherits from no other network; MLRN does")
     state = checkpoints.state_dict(checkpoints.read(path), path=path)
@@ -67,13 +63,8 @@ def inherit(network: MLRN, state: StateDict, img_range: float) -> None:
     that RLFN lacks carry the input to the upsampler, which subtracts what the bilinear branch
     adds. The mixer starts as the middle of the convolution.
 
-    Args:
-        network: Of any scale and image range, changed in place.
-        state: Of RLFN, or of an MLRN with the same arguments but for `upscale` and `img_range`.
-        img_range: The image range that `state` computes in: 255 for RLFN's published weights.
-
-    Raises:
-        ValueError: `state` is of another network, or does not fit `network`.
+    `state` is of RLFN, or of an MLRN that differs in `upscale` and `img_range` alone; else
+    `ValueError` is raised. It computes in `img_range`, 255 for RLFN's published weights.
     """
     own: StateDict = {name: parameter.data for name, parameter in network.named_parameters()}
     if {"conv_1.weight", "block_1.c1_r.weight", "upsampler.0.weight"} <= state.keys():
@@ -121,7 +112,9 @@ def _from_rlfn(network: MLRN, own: StateDict, state: StateDict) -> None:
         own["conv_first.weight"][rgb] = 0
         own["conv_first.weight"][rgb, :, 1, 1] = torch.eye(num_in_ch)
         own["conv_after_body.weight"][rgb] = 0
-        taps = _bilinear_taps(network.upscale)
+        # Bilinear enlargement along an axis: `upscale` filters of 3 taps.
+        where = (torch.arange(network.upscale) + 0.5) / network.upscale - 0.5
+        taps = (1 - (where[:, None] - torch.tensor([-1.0, 0.0, 1.0])).abs()).clamp(min=0)
         minus = -torch.einsum("py,qx->pqyx", taps, taps).flatten(0, 1)
         weight = own["upsampler.0.weight"].unflatten(0, (num_in_ch, -1))
         for channel in range(num_in_ch):
@@ -169,9 +162,3 @@ def _upsampler(network: MLRN, own: StateDict, state: StateDict) -> None:
         return phases.permute(0, 2, 3, 1).reshape(-1, *tensor.shape[1:])
 
     _embed(own, "upsampler.0", rescaled(weight), rescaled(bias))
-
-
-def _bilinear_taps(scale: int) -> Tensor:
-    """Bilinear enlargement along an axis as `scale` filters of 3 taps, (scale, 3)."""
-    where = (torch.arange(scale) + 0.5) / scale - 0.5
-    return (1 - (where[:, None] - torch.tensor([-1.0, 0.0, 1.0])).abs()).clamp(min=0)

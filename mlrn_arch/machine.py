@@ -48,10 +48,8 @@ def computes_in_bf16(device: str = "cpu") -> bool:
 
 
 def fits_fp16(network: torch.nn.Module) -> bool:
-    """Whether features stay far below fp16's largest number, 65,504: at an image range up to 1.
-
-    The output does not tell: attention hides an overflow from it.
-    """
+    """Whether features stay far below fp16's largest number, 65,504: at an image range up to 1."""
+    # The output would not tell: attention hides an overflow from it.
     return all(getattr(module, "img_range", 1) <= 1 for module in network.modules())
 
 
@@ -94,10 +92,8 @@ def free_memory(root: Path = Path("/")) -> int:
     """Bytes of memory that this process may still allocate.
 
     The least of what the machine has available and what each limit of a container or batch job
-    leaves: control groups of version 1 and 2, the process's own and all above it.
-
-    Args:
-        root: The folder of `proc` and `sys`.
+    leaves: control groups of version 1 and 2, the process's own and all above it. `root` is the
+    folder of `proc` and `sys`.
     """
     free = 4 * 2**30  # where the system does not say
     # Any other system than Linux lacks these files.

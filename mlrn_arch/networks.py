@@ -21,40 +21,25 @@ Options = dict[str, Any]
 
 
 def create_model(name: str, pretrained: bool = False, **arguments: Any) -> torch.nn.Module:
-    """Build one of the paper's networks by name, in evaluation mode.
+    """Build one of the paper's networks, (n, 3, h, w) in [0, 1] -> (n, 3, h * scale, w * scale).
 
     Args:
-        name: `MLRN_x2`, `MLRN_x3`, `MLRN_x4` or `MLRN_NTIRE_x4`.
+        name: `MLRN_x2`, `MLRN_x3`, `MLRN_x4` or `MLRN_NTIRE_x4`; else `ValueError` is raised.
         pretrained: Whether to load the shipped weights.
-        arguments: Arguments of `MLRN` that differ from the named network's.
+        arguments: Arguments of `MLRN` that differ from the named network's; `UserError` if it has
+            none of that name, or the weights do not fit. `img_range` may be any.
 
-    Returns:
-        The network: (n, 3, h, w) in [0, 1] -> (n, 3, h * upscale, w * upscale), on the CPU.
-
-    Raises:
-        ValueError: No such network.
-        UserError: `arguments` are not MLRN's, or the weights are of another network. Another
-            `img_range` alone is fine: the weights are converted.
+    Returns the network on the CPU, in evaluation mode.
     """
     known = info(name)
-    options = {**known["network_g"], **arguments}
-    network, arguments = build(options)
+    network, arguments = build({**known["network_g"], **arguments})
     if pretrained:
         checkpoints.load(network, known["file"], arguments=arguments)
     return network.eval()
 
 
-# --- building -----------------------------------------------------------------------------------
-
-
 def build(network_g: Options, where: str = "network_g") -> tuple[torch.nn.Module, Options]:
-    """Build the network of a section; returns it and all its arguments, the defaults included.
-
-    Raises:
-        UserError: There is no such network, or it refuses its arguments.
-    """
-    if faults := list(check_call(where, ARCH_REGISTRY, network_g)):
-        raise UserError("; ".join(faults))
+    """Build the network of a section; returns it and all its arguments, the defaults included."""
     network = make(where, ARCH_REGISTRY, network_g)
     arguments = {key: value for key, value in network_g.items() if key != "type"}
     bound = inspect.signature(type(network)).bind(**arguments)
@@ -62,9 +47,11 @@ def build(network_g: Options, where: str = "network_g") -> tuple[torch.nn.Module
     return network, bound.arguments
 
 
-def make(where: str, registry: Registry, opt: Options) -> torch.nn.Module:
-    """Make what a section with a `type` names; `UserError` if that refuses its arguments."""
-    arguments = dict(opt)
+def make(where: str, registry: Registry, opt: Options, others: Options | None = None) -> Any:
+    """Make what a section names by `type`, with `others` as arguments; `UserError` if it cannot."""
+    if faults := list(check_call(where, registry, opt, others)):
+        raise UserError("; ".join(faults))
+    arguments = {**opt, **(others or {})}
     kind = registered(arguments.pop("type"), registry)
     try:
         return registry.get(kind)(**arguments)

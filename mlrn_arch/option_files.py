@@ -30,11 +30,7 @@ def parse(text: str) -> Any:
 
 
 def load_yaml(path: str) -> Options:
-    """Read an option file, and import what its key `import` names; nothing else in it is run.
-
-    Raises:
-        UserError: No such file, not YAML, not a mapping, or it holds a Python tag.
-    """
+    """Read an option file, and import what its key `import` names; nothing else in it is run."""
     try:
         opt = parse(option_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

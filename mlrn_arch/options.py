@@ -34,12 +34,7 @@ FORCE_YML: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY:KEY=VA
 
 
 def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the flags of BasicSR's train.py and test.py.
-
-    Args:
-        phase: `train` or `test`.
-        argv: The command line after the verb; None takes `sys.argv`.
-    """
+    """Parse the flags of BasicSR's train.py and test.py; `phase` is `train` or `test`."""
     is_train = phase == "train"
     outputs = "experiments/ and tb_logger/" if is_train else "results/"
     parser = plugins.parser(
@@ -88,16 +83,8 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
 def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argparse.Namespace, list]:
     """Read the command line and its option file, check it, and complete it for this machine.
 
-    Args:
-        phase: `train` or `test`.
-        argv: The command line after the verb; None takes `sys.argv`.
-
-    Returns:
-        The options as BasicSR's `parse_options` would return them, the parsed command line, and
-        a line for everything that was adapted to this machine.
-
-    Raises:
-        UserError: The file cannot be read, or has faults; all of them are in the message.
+    Returns the options as BasicSR's `parse_options` would, the parsed command line, and a line for
+    everything that was adapted to this machine. Raises `UserError` with all faults of the file.
     """
     args = parse_args(phase, argv)
     if args.launcher == "none" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's
@@ -252,8 +239,7 @@ def _adapt(opt: Options, launcher: str) -> list[str]:
     cores = machine.cores()
     for key, dataset in opt["datasets"].items():
         if opt["num_gpu"] == 0:
-            off = [k for k, v in {"prefetch_mode": "cuda", "pin_memory": True}.items()
-                   if dataset.get(k) == v]  # fmt: skip
+            off = [k for k in ("prefetch_mode", "pin_memory") if dataset.get(k) in ("cuda", True)]
             if off:
                 notes.append(f"datasets:{key}: {' and '.join(off)} off: they need a GPU")
                 dataset.update(dict.fromkeys(off))

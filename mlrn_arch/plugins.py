@@ -28,11 +28,7 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def register(sources: str | Sequence[str]) -> None:
-    """Import modules, files (`*.py`) and folders (packages) that register something with BasicSR.
-
-    Raises:
-        UserError: There is none of that name, importing it fails, or its name is taken.
-    """
+    """Import modules, files (`*.py`) and folders (packages), which register with BasicSR."""
     for source in [sources] if isinstance(sources, str) else sources:
         if not isinstance(source, str):
             raise UserError(f"import: {source!r} is neither a file nor a module")

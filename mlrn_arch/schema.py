@@ -72,11 +72,8 @@ class Result(NamedTuple):
 def complete(opt: Options, bases: Callable[[Any], Collection[str]], training: bool) -> Result:
     """Check options; fill in their defaults and take out keys without a value, in place.
 
-    Args:
-        opt: As read from an option file. A model or dataset class that the schema does not name
-            may read any key.
-        bases: Gives the names of a registered class and of its base classes.
-        training: Whether these are options of a training.
+    A model or dataset class that the schema does not name may read any key. `bases` gives the names
+    of a registered class and of its base classes.
     """
     if odd := list(_odd_keys(opt)):
         return Result(odd, [], [])
@@ -137,14 +134,17 @@ def _tidy(opt: Options, readers: Collection[str], known: bool) -> dict[Place, st
     return unread
 
 
-def _options(opt: Options) -> Iterator[tuple[Place, Options, Options]]:
-    """The place, the section and the declaration of every option that `opt` has or may have."""
+def _options(section: Any, above: Place = ()) -> Iterator[tuple[Place, Options, Options]]:
+    """The place, the section and the declaration of every option that `section` has or may have."""
     classes = json_schema()["definitions"]["dataset"]["if"]["properties"]["type"]["enum"]
-    for pattern, option in declared().items():
-        for place, section in _sections(opt, pattern):
-            dataset = _get(opt, place[:2]) if place[0] == "datasets" and len(place) > 2 else None
-            if dataset is None or dataset.get("type") in classes:
-                yield place, section, option
+    is_dataset = len(above) == 2 and above[0] == "datasets"
+    if not isinstance(section, dict) or (is_dataset and section.get("type") not in classes):
+        return
+    for keys, option in declared().items():
+        if keys and _fits(keys[:-1], above):
+            for key in list(section) if keys[-1] == "*" else keys[-1:]:
+                yield (*above, key), section, option
+                yield from _options(section.get(key), (*above, key))
 
 
 @cache
@@ -167,29 +167,19 @@ def _odd_keys(section: Any, place: str = "") -> Iterator[str]:
             yield f"{place}{key}: a key must be text; put it in quotes"
 
 
-def _sections(section: Any, place: Place) -> Iterator[tuple[Place, Options]]:
-    """The sections in options that may have an option, and its place in each."""
-    if place and isinstance(section, dict):
-        for key in list(section) if place[0] == "*" else place[:1]:
-            if len(place) == 1:
-                yield (key,), section
-            for where, found in _sections(section.get(key), place[1:]):
-                yield (key, *where), found
-
-
 def _get(value: Any, place: Place) -> Any:
     for key in place:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
+def _fits(pattern: Place, place: Place) -> bool:
+    pairs = zip(pattern, place, strict=False)
+    return len(pattern) == len(place) and all(part in ("*", key) for part, key in pairs)
+
+
 def _declaration(place: Place) -> Options:
-    for pattern, option in declared().items():
-        if len(pattern) == len(place) and all(
-            p in ("*", k) for p, k in zip(pattern, place, strict=True)
-        ):
-            return option
-    return {}
+    return next((option for keys, option in declared().items() if _fits(keys, place)), {})
 
 
 def _hint(place: Place, key: str) -> str:

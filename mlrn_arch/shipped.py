@@ -18,20 +18,13 @@ def names() -> list[str]:
 
 
 def info(name: str) -> dict[str, Any]:
-    """What is known of a shipped network and its checkpoint.
+    """What is known of a shipped network; `ValueError` if `name` is none of `names()`.
 
-    Args:
-        name: One of `names()`; `mlrn://` and `MLRN_` in front may be left out.
-
-    Returns:
-        `name`; `network_g`, its section of an option file; `recipe`, the stages of its training,
-        `settings`, what they share, and `iterations`, of all of them; `inherited`, whose weights
-        it began with, if any; `data` and `licence`;
-        `scores`, `{set: {PSNR [dB], SSIM}}` on Y by `mlrn test`, and `paper`, the same as the
-        paper prints it; `file`, the checkpoint.
-
-    Raises:
-        ValueError: No such network.
+    The keys: `name`; `network_g`, its section of an option file; `file`, the checkpoint; `recipe`,
+    the stages of its training, `settings`, what they share, and `iterations`, of all of them;
+    `inherited`, whose weights it began with, if any; `data`; `licence`; `scores`, `{set: {PSNR
+    [dB], SSIM}}` on Y by `mlrn test`; `paper`, the same as the paper prints it. `mlrn://` and
+    `MLRN_` may be left out of the name.
     """
     name = name.removeprefix(PREFIX)
     full = f"MLRN_{name.removeprefix('MLRN_')}"
@@ -57,11 +50,7 @@ def option_files() -> dict[str, Path]:
 
 
 def option_file(path: str) -> Path:
-    """The option file that is meant: `mlrn://NAME` is one that comes with the package.
-
-    Raises:
-        UserError: There is none of that name.
-    """
+    """The option file that is meant: `mlrn://NAME` is one that comes with the package."""
     if not path.startswith(PREFIX):
         return Path(path)
     name, known = path.removeprefix(PREFIX).removesuffix(".yml"), option_files()

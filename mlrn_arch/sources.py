@@ -50,24 +50,19 @@ class Source:
 def split(text: str) -> tuple[str, str | None]:
     """`NETWORK[:CHECKPOINT]` -> the network, and the checkpoint or None."""
     match = re.fullmatch(
-        rf"({PREFIX}[\w/]+(?:\.ya?ml)?|.+?\.ya?ml|\w+(?::\w+=[^:]*)?)(?::(.+))?",
-        text,
-        re.IGNORECASE,
+        rf"(?i)({PREFIX}[\w/]+(?:\.ya?ml)?|.+?\.ya?ml|\w+(?::\w+=[^:]*)?)(?::(.+))?", text
     )
     return (match[1], match[2]) if match else (text, None)
 
 
 def find(source: str | None, weights: str | None = None, upscale: int = 4) -> Source:
-    """Find out which network the user means, without building it.
+    """Find out which network the user means, without building it; else raise `UserError`.
 
     Args:
         source: In one of `FORMS`; None for the network that `weights` are of.
         weights: A checkpoint in place of the network's own. With a shipped network's name it may
             be of any MLRN of that scale.
         upscale: The scale of a network by its name that takes one but is given none.
-
-    Raises:
-        UserError: There is no such network, or it cannot be found in the file.
     """
     name, checkpoint = split(source) if source is not None else (None, None)
     checkpoint = weights or checkpoint
@@ -107,10 +102,8 @@ def load(
 ) -> tuple[torch.nn.Module, Options]:
     """Build a network, in evaluation mode on the CPU, with its weights; and its `network_g`.
 
-    Takes what `find` takes, or what it returned. Choices and conversions are told on stderr.
-
-    Raises:
-        UserError: There is no such network, or its weights are missing or another's.
+    Takes what `find` takes, or what it returned. Prints choices and conversions on stderr. Raises
+    `UserError` if there is no such network, or its weights are missing or do not fit.
     """
     found = source if isinstance(source, Source) else find(source, weights)
     network, arguments = build(found.network_g, f"{found.name}: network_g")
@@ -125,11 +118,7 @@ def load(
 
 
 def load_teacher(source: str, upscale: int) -> torch.nn.Module:
-    """Load a network for RGB in [0, 1]: one of `FORMS`, or a checkpoint that spandrel knows.
-
-    Raises:
-        UserError: There is no such network, or neither BasicSR nor spandrel can load it.
-    """
+    """Load a network for RGB in [0, 1]: one of `FORMS`, or a checkpoint that spandrel knows."""
     try:
         return load(find(source, upscale=upscale))[0]
     except UserError as error:
