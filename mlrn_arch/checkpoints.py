@@ -20,7 +20,6 @@ from mlrn_arch.shipped import PREFIX, info
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 StateDict = dict[str, torch.Tensor]
 EMA = "params_ema"  # these weights are validated, so they are the default everywhere
-PARAM_KEY = "path:param_key_g"
 WRAPPERS = r"^(module\.|_orig_mod\.)+|_orig_mod\."
 
 
@@ -91,10 +90,10 @@ def state_dict(
     taken = next((k for k in (key or EMA, "params", EMA) if k in checkpoint), None)
     if taken is None and not _is_state(checkpoint):
         if len(kinds) > 1:
-            raise UserError(f"{path} holds the weights {listed}; choose by {PARAM_KEY}")
+            raise UserError(f"{path} holds the weights {listed}; choose by path:param_key_g")
         taken = next(iter(kinds), None)
     elif len(kinds) > 1:
-        notes.append(f"{path}: took {taken}; {PARAM_KEY} chooses among {listed}")
+        notes.append(f"{path}: took {taken}; path:param_key_g chooses among {listed}")
     state = checkpoint if taken is None else checkpoint[taken]
     if not _is_state(state):
         raise UserError(f"{path} holds no state dict; give a checkpoint of the network")
@@ -110,8 +109,8 @@ def state_dict(
 
 
 def _is_state(value: Any) -> bool:
-    tensors = isinstance(value, dict) and [isinstance(v, torch.Tensor) for v in value.values()]
-    return bool(tensors) and all(tensors)
+    values = value.values() if isinstance(value, dict) else ()
+    return len(values) > 0 and all(isinstance(v, torch.Tensor) for v in values)
 
 
 def load(
@@ -125,7 +124,6 @@ def load(
     """Load a checkpoint into a network, in place; all weights go through here.
 
     Args:
-        path, key: As `read` and `state_dict` take them.
         strict: Whether all tensors must be there. Those that are must fit in any case.
         arguments: The network's, to compare with what the checkpoint notes; see `networks.build`.
         convert: Whether MLRN's weights of another image range are converted, or refused.

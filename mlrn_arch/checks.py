@@ -25,21 +25,16 @@ from mlrn_arch.models.fast_sr_model import FastSRModel
 from mlrn_arch.models.muon import Muon
 from mlrn_arch.networks import Options, check_call, registered
 
-SCHEDULERS = {
-    "MultiStepLR": lr_scheduler.MultiStepRestartLR,
-    "MultiStepRestartLR": lr_scheduler.MultiStepRestartLR,
-    "CosineAnnealingRestartLR": lr_scheduler.CosineAnnealingRestartLR,
-}
+SCHEDULERS = dict.fromkeys(["MultiStepLR", "MultiStepRestartLR"], lr_scheduler.MultiStepRestartLR)
+SCHEDULERS["CosineAnnealingRestartLR"] = lr_scheduler.CosineAnnealingRestartLR
 # Models that override this make an optimizer that cannot be checked.
 OPTIMIZERS_OF = (BaseModel.get_optimizer, FastSRModel.get_optimizer)
 
 
 def bases(name: Any) -> list[str]:
-    """The names of the model or dataset class of that name, and of its base classes."""
-    for registry in (MODEL_REGISTRY, DATASET_REGISTRY):
-        if isinstance(name, str) and (full := registered(name, registry)) in registry:
-            return [base.__name__ for base in registry.get(full).__mro__]
-    return []
+    """The names of the model class of that name, and of its base classes."""
+    kind = registered(name, MODEL_REGISTRY) if isinstance(name, str) else None
+    return [b.__name__ for b in MODEL_REGISTRY.get(kind).__mro__] if kind in MODEL_REGISTRY else []
 
 
 def check(opt: Options) -> Iterator[str]:
@@ -97,10 +92,8 @@ def check(opt: Options) -> Iterator[str]:
             continue
         provided = 1 if dataset.get("color") == "y" else 3
         if channels in (1, 3) and channels != provided:
-            yield (
-                f"{where}: gives {provided} channel(s), network_g takes {channels}; "
-                + ("leave color out" if provided == 1 else "set color: y (Y of YCbCr)")
-            )
+            way = "leave color out" if provided == 1 else "set color: y (Y of YCbCr)"
+            yield f"{where}: gives {provided} channel(s), network_g takes {channels}; {way}"
 
     metrics = opt.get("val", {}).get("metrics", {})
     for name, metric in metrics.items():
@@ -111,7 +104,7 @@ def check(opt: Options) -> Iterator[str]:
         yield f"val:save_best: {unknown(best, metrics)}; it must be one of val:metrics"
     if opt["is_train"]:
         yield from _check_logger(opt["logger"], "debug" in opt["name"])
-        yield from _check_train(opt["train"], model)
+        yield from _check_train(opt["train"], model, fast)
         dataset = opt["datasets"]["train"]
         if not fast and model and dataset["type"] == "FastPairedImageDataset":
             yield (
@@ -190,8 +183,7 @@ def _check_teacher(opt: Options, student: torch.nn.Module) -> Iterator[str]:
             yield "train:compile: needs stage: output; a compiled network hides its blocks"
 
 
-def _check_train(train: Options, model: type[BaseModel] | None) -> Iterator[str]:
-    fast = model is not None and issubclass(model, FastSRModel)
+def _check_train(train: Options, model: type[BaseModel] | None, fast: bool) -> Iterator[str]:
     optim_g, weight = train["optim_g"], torch.nn.Parameter(torch.zeros(1, 1))
     optimizers = {"Adam": torch.optim.Adam} | ({"Muon": Muon} if fast else {})
     arguments = {"params": [weight]} | ({"fused": True} if fast else {})  # as the model gives them

@@ -53,16 +53,9 @@ except ModuleNotFoundError as _error:
         "from the import path"
     ) from None
 
+from basicsr import utils  # noqa: E402
 from basicsr.data import prefetch_dataloader  # noqa: E402
 from basicsr.models.base_model import BaseModel  # noqa: E402
-from basicsr.utils import (  # noqa: E402
-    MessageLogger,
-    check_resume,
-    color_util,
-    get_env_info,
-    get_root_logger,
-    matlab_functions,
-)
 from basicsr.utils.dist_util import master_only  # noqa: E402
 from basicsr.utils.registry import Registry  # noqa: E402
 
@@ -71,7 +64,7 @@ from mlrn_arch.errors import UserError, first_line  # noqa: E402
 
 # BasicSR 1.4 moved these; HAT and other plugins of 1.3 still import them from the old place.
 for _name in ("bgr2ycbcr", "rgb2ycbcr", "ycbcr2bgr", "ycbcr2rgb"):
-    setattr(matlab_functions, _name, getattr(color_util, _name))
+    setattr(utils.matlab_functions, _name, getattr(utils.color_util, _name))
 
 _model_to_device = BaseModel.model_to_device
 _do_register = Registry._do_register
@@ -93,23 +86,20 @@ def _register(self: Registry, name: str, obj: Any, suffix: str | None = None) ->
 def _load_network(
     self: BaseModel, net: nn.Module, load_path: str, strict: bool = True, param_key: Any = "params"
 ) -> None:
-    """Load a checkpoint of any form that `checkpoints` reads.
-
-    BasicSR needs `param_key_g: ~` for a plain state dict (as RLFN and IMDN publish), raises a
-    KeyError with `ema_decay` even then, and does not read safetensors.
-    """
+    """Load a checkpoint of any form that `checkpoints` reads."""
+    # BasicSR needs `param_key_g: ~` for a plain state dict (as RLFN and IMDN publish), raises a
+    # KeyError with `ema_decay` even then, and does not read safetensors.
     net = self.get_bare_model(net)
-    get_root_logger().info(f"Loading {type(net).__name__} model from {load_path}.")
+    utils.get_root_logger().info(f"Loading {type(net).__name__} model from {load_path}.")
     for note in checkpoints.load(net, load_path, param_key, strict):
-        get_root_logger().info(note)
+        utils.get_root_logger().info(note)
 
 
 def _model_to_device_cpu(self: BaseModel, net: nn.Module) -> nn.Module:
     """Wrap for distributed training on CPUs too; BasicSR needs a CUDA device."""
     if self.opt["dist"] and self.device.type == "cpu":
-        return nn.parallel.DistributedDataParallel(
-            net, find_unused_parameters=self.opt.get("find_unused_parameters", False)
-        )
+        unused = self.opt.get("find_unused_parameters", False)
+        return nn.parallel.DistributedDataParallel(net, find_unused_parameters=unused)
     return _model_to_device(self, net)
 
 
@@ -155,7 +145,7 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
         opt["path"]["resume_state"] = path
         teachers = {f"param_key_{n[8:]}" for n in opt["path"].get("ignore_resume_networks") or []}
         keys = {key: opt["path"][key] for key in teachers if key in opt["path"]}
-        check_resume(opt, state["iter"])
+        utils.check_resume(opt, state["iter"])
         opt["path"].update(keys)  # which it changes for networks that do not come from this run
         if opt.get("seed_drawn"):
             started_with = state.get("started_with", {})
@@ -170,7 +160,7 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-class _MessageLogger(MessageLogger):
+class _MessageLogger(utils.MessageLogger):
     """BasicSR's logger, with lr in TensorBoard and no negative time left at the last step."""
 
     def __init__(self, *args: Any) -> None:
@@ -206,14 +196,14 @@ def run_pipeline(
     pipeline.parse_options = lambda root_path, is_train: (opt, args)
 
     def begin_log() -> str:  # the log file is open from here on
-        logger = get_root_logger()
+        logger = utils.get_root_logger()
         for handler in logger.handlers:
             if phase == "test" and type(handler) is logging.StreamHandler:
                 # Options and layers, which have many lines, go to the log file only.
                 handler.addFilter(lambda r: r.levelno > logging.INFO or "\n" not in r.getMessage())
         for note in notes:
             logger.info(note)
-        return get_env_info()
+        return utils.get_env_info()
 
     pipeline.get_env_info = begin_log
     if phase == "train":

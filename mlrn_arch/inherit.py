@@ -43,10 +43,7 @@ def too_fast(network: nn.Module, lr: float) -> str | None:
         return None
     way = f"lower train:optim_g:lr to {LARGEST_STEP * size:.0e}"
     if network.img_range < 255:
-        way = (
-            "set network_g:img_range=255, which makes them larger, or use "
-            f"options/finetune_MLRN_x{network.upscale}.yml"
-        )
+        way = f"set network_g:img_range=255, or use options/finetune_MLRN_x{network.upscale}.yml"
     return (
         f"the last layer's weights are about {size:.1e}, and each step changes them by up to "
         f"train:optim_g:lr {lr:g}, which destroys the network; {way}"

@@ -89,11 +89,10 @@ def need(what: str, *packages: str) -> None:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may still allocate.
+    """Bytes of memory that this process may still allocate; `root` is the folder of `proc`, `sys`.
 
     The least of what the machine has available and what each limit of a container or batch job
-    leaves: control groups of version 1 and 2, the process's own and all above it. `root` is the
-    folder of `proc` and `sys`.
+    leaves: control groups of version 1 and 2, the process's own and all above it.
     """
     free = 4 * 2**30  # where the system does not say
     # Any other system than Linux lacks these files.

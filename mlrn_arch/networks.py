@@ -1,7 +1,4 @@
-"""Networks by name: the shipped ones, and whatever BasicSR's registry can build.
-
-A shipped network is `weights/NAME.pth`, its EMA weights, with `NAME.json`, its origin and scores.
-"""
+"""Networks by name: the shipped ones, and whatever BasicSR's registry can build."""
 
 from __future__ import annotations
 
@@ -90,14 +87,13 @@ def check_call(
     parameters = inspect.signature(registry.get(kind)).parameters.values()
     given = {**(others or {}), **{k: v for k, v in opt.items() if k != "type"}}
     ours = registry.get(kind).__module__.startswith("mlrn_arch.archs.")
-    names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for key in given.keys() - set(names) - (others or {}).keys():
+        for key in given.keys() - names - (others or {}).keys():
             yield f"{where}: {kind} takes no {unknown(key, names)}".replace(" unknown", "")
     for parameter in parameters:
-        if parameter.name in names and parameter.default is parameter.empty:
-            if parameter.name not in given:
-                yield f"{where}: {kind} needs {parameter.name}"
+        if parameter.default is parameter.empty and parameter.name in names - given.keys():
+            yield f"{where}: {kind} needs {parameter.name}"
         value = given.get(parameter.name, parameter.default)
         is_size = parameter.annotation in ("int", "int | None") and value is not parameter.default
         if ours and is_size and (type(value) is not int or value < 1):

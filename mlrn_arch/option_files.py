@@ -17,11 +17,8 @@ class _Loader(yaml.SafeLoader):
     """Reads plain values only, and numbers such as 5e-4, which are text to YAML 1.1."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"),
-    list("+-.0123456789"),
-)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("+-.0123456789"))
 
 
 def parse(text: str) -> Any:

@@ -1,8 +1,4 @@
-"""Reads an option file, checks it, completes it and adapts it to the machine.
-
-BasicSR's `parse_options` lets an option file run code, executes the keys of `--force_yml`, and
-leaves every mistake to a traceback during the run.
-"""
+"""Reads an option file, checks it, completes it and adapts it to the machine."""
 
 from __future__ import annotations
 
@@ -47,33 +43,19 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
     if not is_train:
         add("network", nargs="?", metavar="NETWORK", help="test this instead of an option file")
         parser.epilog = f"{sources.FORMS}\n\n{BY_NAME}"
-    add(
-        "--launcher",
-        choices=["none", "pytorch", "slurm"],
-        default="none",
-        help="what started several processes; torchrun (`pytorch`) is found without this",
-    )
+    launchers = ["none", "pytorch", "slurm"]
+    text = "what started several processes; torchrun (`pytorch`) is found without this"
+    add("--launcher", choices=launchers, default="none", help=text)
     hidden = None if is_train else argparse.SUPPRESS  # BasicSR's test.py has them, to no effect
-    add(
-        "--auto_resume",
-        action="store_true",
-        help=hidden or "continue from the newest complete state of this run, if there is one",
-    )
+    text = hidden or "continue from the newest complete state of this run, if there is one"
+    add("--auto_resume", action="store_true", help=text)
     add("--debug", action="store_true", help=hidden or "log each step; validate and save every 8")
     if is_train:
-        add(
-            "--time_limit",
-            type=float,
-            metavar="MINUTES",
-            help="after this time finish the step, save, and end with exit code 75, which means "
-            "not finished (FastSRModel and DistillModel)",
-        )
+        text = "then save, and end with exit code 75: not finished (FastSRModel and DistillModel)"
+        add("--time_limit", type=float, metavar="MINUTES", help=text)
     add("--local_rank", "--local-rank", type=int, default=0, help="set by torch's launchers")
-    add(
-        "--force_yml",
-        **FORCE_YML,
-        help="change options of the file, e.g. train:total_iter=300 network_g:num_block=4",
-    )
+    text = "change options of the file, e.g. train:total_iter=300 network_g:num_block=4"
+    add("--force_yml", **FORCE_YML, help=text)
     args = parser.parse_args(argv)
     if not is_train and (args.network is None) == (args.opt is None):
         parser.error("give a NETWORK, or an option file by -opt")
@@ -109,9 +91,7 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
     if found.faults:  # nothing else can be checked
         raise _refusal(args.opt, found.faults + found.unread)
 
-    opt["root_path"] = os.getcwd()
-    opt["is_train"] = is_train
-    opt["auto_resume"] = args.auto_resume
+    opt |= {"root_path": os.getcwd(), "is_train": is_train, "auto_resume": args.auto_resume}
     if args.debug and not opt["name"].startswith("debug"):
         opt["name"] = "debug_" + opt["name"]
     notes = found.notes + _set_paths(opt)
@@ -214,8 +194,7 @@ def _set_paths(opt: Options) -> list[str]:
     if "network_t" in opt:  # a teacher is not saved with a run
         path.setdefault("ignore_resume_networks", ["network_t"])
     if opt["is_train"]:
-        path["models"] = os.path.join(root, "models")
-        path["training_states"] = os.path.join(root, "training_states")
+        path |= {key: os.path.join(root, key) for key in ("models", "training_states")}
         if "debug" in opt["name"]:
             opt["logger"].update(print_freq=1, save_checkpoint_freq=8)
             if "val" in opt:

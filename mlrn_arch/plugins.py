@@ -16,13 +16,9 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    text = "import this file, package or module first, for the networks it registers"
     parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="PATH_OR_MODULE",
-        help="import this file, package or module first, for the networks it registers",
+        "--import", dest="imports", action="append", default=[], metavar="PATH_OR_MODULE", help=text
     )
     return parser
 

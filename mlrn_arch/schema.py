@@ -73,7 +73,7 @@ def complete(opt: Options, bases: Callable[[Any], Collection[str]], training: bo
     """Check options; fill in their defaults and take out keys without a value, in place.
 
     A model or dataset class that the schema does not name may read any key. `bases` gives the names
-    of a registered class and of its base classes.
+    of a model's class and of its base classes.
     """
     if odd := list(_odd_keys(opt)):
         return Result(odd, [], [])

@@ -1,4 +1,4 @@
-"""The checkpoints and option files that come with the package, by name. Imports no torch."""
+"""The checkpoints (EMA weights) and option files of the package, by name. Imports no torch."""
 
 from __future__ import annotations
 

@@ -142,8 +142,7 @@ class _Described(torch.nn.Module):
 
     def __init__(self, descriptor: Any) -> None:
         super().__init__()
-        self.network = descriptor.model
-        self.descriptor = descriptor
+        self.network, self.descriptor = descriptor.model, descriptor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.descriptor(x).clone()  # made in inference mode, which no loss can use

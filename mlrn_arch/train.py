@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(fast and parts["model"].validation_failed)
 
 
-def replacements(opt: dict[str, Any], parts: dict[str, Any] | None = None) -> dict[str, Any]:
+def replacements(opt: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
     """What takes the place of the pipeline's own functions; `parts` collects what they make.
 
     For a `FastSRModel` the sampler can continue inside an epoch, the loader seeds every sample,
@@ -49,7 +49,6 @@ def replacements(opt: dict[str, Any], parts: dict[str, Any] | None = None) -> di
     """
     if not issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel):
         return {"build_model": build_model}
-    parts = {} if parts is None else parts
     parts["val_loaders"] = []
 
     def make_tb_loggers(opt: dict[str, Any]) -> Any:

@@ -123,7 +123,7 @@ def _side(connection: Connection, arguments: list[str], loader_only: bool) -> No
         return
     logger = logging.getLogger("basicsr")
     logger.setLevel("ERROR")
-    for name, replacement in replacements(opt).items():
+    for name, replacement in replacements(opt, {}).items():
         setattr(pipeline, name, replacement)
     torch.backends.cudnn.benchmark = True  # as the pipeline
     train = opt["datasets"]["train"]

@@ -25,12 +25,10 @@ class DistillModel(FastSRModel):
     """`FastSRModel` that learns from a teacher, `network_t` with `path:pretrain_network_t`.
 
     Without `network_t` the checkpoint says which network it is, of all that spandrel knows. The
-    losses compare the output with the teacher's. options/README.md lists `train:distill_opt`.
-
-    In the stage `blocks` every block is fed its teacher's input, and all are trained at once. In
-    `chain` the network runs by itself. The error of a block is log(r + 1e-4); r is the mean
-    squared error over the variance of the teacher's output. Blocks correspond one to one, and the
-    teacher's features are the first of the student's.
+    losses compare the output with the teacher's. In the stage `blocks` every block is fed its
+    teacher's input, in `chain` the network runs by itself. The error of a block is log(r + 1e-4); r
+    is the mean squared error over the variance of the teacher's output. Blocks correspond one to
+    one, and the teacher's features are the first of the student's.
     """
 
     def init_training_settings(self) -> None:
@@ -74,8 +72,8 @@ def load_teacher(opt: dict[str, Any]) -> nn.Module:
     checkpoint = path["pretrain_network_t"]
     if section is None:
         return sources.load_teacher(checkpoint, opt["scale"])
-    how = path.get("param_key_t"), path.get("strict_load_t", True)
-    return sources.load(sources.Source("network_t", section, checkpoint, None, None, *how))[0]
+    how = {"param_key": path.get("param_key_t"), "strict": path.get("strict_load_t", True)}
+    return sources.load(sources.Source("network_t", section, checkpoint, **how))[0]
 
 
 def _error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -89,8 +87,7 @@ def _error(student: Tensor, teacher: Tensor) -> Tensor:
 def _recorded(modules: list[nn.Module], forced: list[Tensor] | None = None) -> Iterator[list]:
     """Collect the input of the first of consecutive blocks, then the output of each.
 
-    With `forced`, another network's features replace the first channels of every block's input.
-    The other channels stay the network's own, without gradient.
+    `forced` features replace the first channels of every block's input; the others are detached.
     """
     features: list[Tensor] = []
 
@@ -131,14 +128,12 @@ def misfit(student: nn.Module, teacher: nn.Module, opt: dict[str, Any]) -> str |
         own, others = blocks(student), blocks(teacher)
     except ValueError as error:
         return f"stage {stage}: {error}; stage: output takes any teacher"
-    width, teacher_width = (_width(parts[0]) for parts in (own, others))
+    width, teacher_width = (
+        parts[0].get_parameter("esa.conv4.weight").shape[0] for parts in (own, others)
+    )
     if len(own) != len(others) or width < teacher_width:
         return (
             f"stage {stage}: the student has {len(own)} blocks of {width} features, the teacher "
             f"{len(others)} of {teacher_width}; blocks must correspond, features suffice"
         )
     return None
-
-
-def _width(block: nn.Module) -> int:
-    return block.get_parameter("esa.conv4.weight").shape[0]

@@ -23,10 +23,8 @@ from mlrn_arch.models.resumable_model import ResumableModel
 class FastSRModel(ResumableModel):
     """`SRModel` in reduced precision, without a GPU sync a step, with saves that stay whole.
 
-    Takes every option of `SRModel`, and those that options/README.md lists.
-
-    Raises:
-        UserError: A loss that is not finite.
+    Takes every option of `SRModel`, and those that options/README.md lists. A loss that is not
+    finite raises `UserError`.
     """
 
     stateful = ("scaler",)  # the loss scaling of fp16
@@ -38,9 +36,8 @@ class FastSRModel(ResumableModel):
         self.compiled = train["compile"]
         if self.precision == "fp32":
             torch.backends.cudnn.allow_tf32 = False
-        self.memory_format = (
-            torch.channels_last if train["channels_last"] else torch.contiguous_format
-        )
+        formats = {True: torch.channels_last, False: torch.contiguous_format}
+        self.memory_format = formats[train["channels_last"]]
         self.pending: list[tuple[int, torch.Tensor, list[str]]] = []
         self.loss_dict: dict[str, torch.Tensor] = {}
         self.samples, self.samples_since = 0, time.monotonic()
@@ -64,9 +61,6 @@ class FastSRModel(ResumableModel):
         self.params = [p for group in self.optimizer_g.param_groups for p in group["params"]]
         if self.ema_decay > 0:
             self.net_g_ema.to(memory_format=self.memory_format)
-            net = dict(self.get_bare_model(self.net_g).named_parameters())
-            ema = dict(self.net_g_ema.named_parameters())
-            self.ema_pair = [ema[name].data for name in ema], [net[name].data for name in ema]
 
     def get_optimizer(
         self, optim_type: str, params: list[torch.nn.Parameter], lr: float, **kwargs: Any
@@ -87,14 +81,11 @@ class FastSRModel(ResumableModel):
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take a batch: `lq` (n, c, h, w) and `gt`, float in [0, 1] or uint8."""
         self.lq_path = data["lq_path"]
-        for key in ("lq", "gt"):
-            if key in data:
-                if data[key].is_cuda:  # the prefetcher's stream must not reuse it before it is read
-                    data[key].record_stream(torch.cuda.current_stream())
-                image = data[key].to(
-                    self.device, non_blocking=True, memory_format=self.memory_format
-                )
-                setattr(self, key, image if image.is_floating_point() else image.float() / 255)
+        for key in {"lq", "gt"} & data.keys():
+            if data[key].is_cuda:  # the prefetcher's stream must not reuse it before it is read
+                data[key].record_stream(torch.cuda.current_stream())
+            image = data[key].to(self.device, non_blocking=True, memory_format=self.memory_format)
+            setattr(self, key, image if image.is_floating_point() else image.float() / 255)
 
     def _autocast(self, precision: str) -> contextlib.AbstractContextManager:
         dtype = DTYPES[precision]
@@ -143,14 +134,13 @@ class FastSRModel(ResumableModel):
         if self.device.type == "cpu":  # looking costs nothing here; on a GPU it is a sync
             self._check_finite()
 
+    @torch.no_grad()
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the EMA weights towards the weights, all of them in two kernels."""
-        if decay == 0 or not hasattr(self, "ema_pair"):
-            super().model_ema(decay)
-            return
-        ema, net = self.ema_pair
-        torch._foreach_mul_(ema, decay)
-        torch._foreach_add_(ema, net, alpha=1 - decay)
+        averages = list(self.net_g_ema.parameters())
+        weights = list(self.get_bare_model(self.net_g).parameters())
+        torch._foreach_mul_(averages, decay)
+        torch._foreach_add_(averages, weights, alpha=1 - decay)
 
     def _check_finite(self) -> None:
         """Look at what the last steps found; raise for the first loss that was not finite."""
@@ -164,10 +154,9 @@ class FastSRModel(ResumableModel):
         if any(found):
             current_iter, _, paths = pending[found.index(1)]
             raise UserError(
-                f"the loss or its gradient was not finite at iter {current_iter}; nothing of it "
-                f"went into the weights or a checkpoint. The batch: {', '.join(paths)}. Look at "
-                "these images, or lower train:optim_g:lr, set train:grad_clip or "
-                "train:precision=fp32; --auto_resume goes on from the last saved state"
+                f"the loss or its gradient was not finite at iter {current_iter}; the weights stay "
+                f"as they were. The batch: {', '.join(paths)}. Look at these images, lower "
+                "train:optim_g:lr, set train:grad_clip or train:precision=fp32; then --auto_resume"
             )
 
     def get_current_log(self) -> dict[str, float]:

@@ -14,17 +14,15 @@ class Muon(torch.optim.Adam):
 
     After Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). A
     convolution is the matrix of its (c_out, c_in * k * k) weights. `torch.optim.Muon` takes no
-    convolutions and works in bf16. Adam trains the other parameters, in the same optimizer: a
-    gradient that is not finite leaves all of them alone.
+    convolutions and works in bf16. Adam trains `rest` and `biases` in the same optimizer, with
+    `betas`, `eps` and `weight_decay`. A gradient that is not finite leaves all weights alone.
 
     Args:
         inner: Muon's weights, of at least two dimensions; see `inner_weights`.
-        rest, biases: Adam's parameters.
         lr: Learning rate, the root mean square of what a step adds to a weight; Adam's fit.
         bias_lr: Learning rate of `biases`; `lr` by default. In the image range [0, 255] features
             are 255 times as large as in [0, 1], and biases have as far to go.
         momentum: Of Muon's gradient, in Nesterov's form.
-        betas, eps, weight_decay: Adam's.
     """
 
     def __init__(
@@ -67,9 +65,8 @@ class Muon(torch.optim.Adam):
         found_inf = getattr(self, "found_inf", None)
         updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for param in group["params"]:
-            if param.grad is None:
+            if (grad := param.grad) is None:
                 continue
-            grad = param.grad
             state = self.state[param]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(param)
@@ -121,10 +118,8 @@ def inner_weights(network: nn.Module, image: Tensor) -> list[nn.Parameter]:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring all singular values of matrices, (n, rows, columns), near 1 (0.7 to 1.2).
-
-    By five Newton-Schulz steps with Jordan's coefficients, which trade accuracy for speed.
-    """
+    """Bring all singular values of matrices, (n, rows, columns), near 1 (0.7 to 1.2)."""
+    # Five Newton-Schulz steps with Jordan's coefficients, which trade accuracy for speed.
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from basicsr.utils.color_util import rgb2ycbcr_pt
 from basicsr.utils.registry import LOSS_REGISTRY
-from torch import nn
+from torch import Tensor, nn
 
 # The squared error that rounding to 8 bits adds on average: to RGB, and through RGB to Y.
 ROUNDING = 1 / 12 / 255**2
@@ -20,7 +20,6 @@ class PSNRLoss(nn.Module):
     ones. Images are scored as rounded to 8 bits: RGB reaches 58.9 dB at most, and Y 63.7 dB.
 
     Args:
-        loss_weight: Factor of the loss.
         y_weight: Share of the PSNR on Y, 0 to 1; the rest is on RGB. Y alone lets colours drift.
         floor: This share of the batch's mean squared error is added to the error of every image.
             Without it the flattest crops, whose error is almost 0, decide the gradient.
@@ -34,7 +33,7 @@ class PSNRLoss(nn.Module):
             raise ValueError(f"y_weight must be from 0 to 1, not {y_weight}")
         self.loss_weight, self.y_weight, self.floor = loss_weight, y_weight, floor
 
-    def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Compare images in [0, 1], RGB (n, 3, h, w) or Y (n, 1, h, w); returns dB, fp32."""
         pred, target = pred.float(), target.float()
         loss = self._minus_psnr(pred, target, ROUNDING)
@@ -43,8 +42,6 @@ class PSNRLoss(nn.Module):
             loss = loss.lerp(self._minus_psnr(*y, Y_ROUNDING), self.y_weight)
         return self.loss_weight * loss
 
-    def _minus_psnr(
-        self, pred: torch.Tensor, target: torch.Tensor, rounding: float
-    ) -> torch.Tensor:
+    def _minus_psnr(self, pred: Tensor, target: Tensor, rounding: float) -> Tensor:
         error = (pred - target).square().mean(dim=(1, 2, 3))
         return 10 * torch.log10(error + self.floor * error.detach().mean() + rounding).mean()

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,20 +109,15 @@ class ResumableModel(SRModel):
             with atomic_write(path) as part:
                 part.write_bytes(buffer.getbuffer())
         except OSError as error:
-            get_root_logger().error(
-                f"Could not save {path}: {error.strerror}. Training goes on, and earlier saves "
-                "are kept. Make room: the next save tries again."
-            )
+            get_root_logger().error(f"Could not save {path}: {error.strerror}; training goes on")
             return False
         return True
 
     def _prune(self) -> None:
         keep = self.opt["logger"].get("keep_last")
         for state in newest_states(self.opt["path"]["training_states"])[keep or sys.maxsize :]:
-            iteration = os.path.basename(state).removesuffix(".state")
-            for path in (state, self._path(f"net_g_{iteration}.pth")):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
+            for path in (state, self._path(f"net_g_{Path(state).stem}.pth")):
+                Path(path).unlink(missing_ok=True)
 
     # Validating
 
@@ -154,39 +150,36 @@ class ResumableModel(SRModel):
     def _save_best(self, name: str) -> None:
         """Write `net_g_best.pth` if the first validation set has its best score so far.
 
-        The file contains its score, so that no kill and no resume replaces it by a worse network.
-        The score of another set or metric does not count.
+        The file contains its score: no kill and no resume replaces it by a worse network.
         """
         metric, sets = self.opt["val"].get("save_best"), self.opt["datasets"].values()
         first = next(opt["name"] for opt in sets if opt["phase"] == "val")
         if name != first or metric not in self.metric_results:
             return
-        path, best = self._path("net_g_best.pth"), self.best_metric_results[name][metric]
-        kind = {"dataset": name, "metric": metric, "better": best["better"]}
-        value, saved = self.metric_results[metric], None
+        better = self.best_metric_results[name][metric]["better"]
+        kind = {"dataset": name, "metric": metric, "better": better}
+        path, value, saved = self._path("net_g_best.pth"), self.metric_results[metric], None
         with contextlib.suppress(UserError):  # there is none yet
             saved = checkpoints.read(path).get("best")
-        if saved and kind.items() <= saved.items():
-            if not is_better(value, saved["val"], best["better"]):
-                get_root_logger().info(f"{path} is still that of iter {saved['iter']}")
-                return
+        if saved and kind.items() <= saved.items() and not is_better(value, saved["val"], better):
+            get_root_logger().info(f"{path} is still that of iter {saved['iter']}")
+            return
         self._write({**self._networks(), "best": {**kind, "val": value, "iter": self.done}}, path)
 
     # Resuming
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Continue exactly where a state was saved; a state of stock `SRModel` does as well.
+        """Continue exactly where a state was saved, also by stock `SRModel`.
 
-        The settings of the optimizer and the schedule are those of the option file now. Raises
-        `UserError` for a state of another optimizer or network.
+        The settings of the optimizer and the schedule are those of the option file now.
         """
         self.done = done = resume_state["iter"]
         self._load_optimizer(resume_state["optimizers"][0])
         self._set_schedule(min(done, self.opt["train"]["total_iter"]))
         for folder in ("models", "training_states"):  # what a kill in the middle of a save left
-            for name in os.listdir(self.opt["path"][folder]):
-                if name.startswith(".") and ".part." in name and self.opt["rank"] == 0:
-                    os.remove(os.path.join(self.opt["path"][folder], name))
+            for part in Path(self.opt["path"][folder]).glob(".*.part.*"):
+                if self.opt["rank"] == 0:
+                    part.unlink()
         if self.sampler:
             self.samples_seen = resume_state.get("samples_seen", done * self.sampler.batch_size)
             self.sampler.skip = self.samples_seen
@@ -196,9 +189,8 @@ class ResumableModel(SRModel):
                 getattr(self, name).load_state_dict(state)
         if "validated" in resume_state:
             self.validated, self.resumed = resume_state["validated"], True
-        if os.path.abspath(self.opt["path"].get("resume_state") or "") == self._path(
-            f"{done}.state"
-        ):
+        file = os.path.abspath(self.opt["path"].get("resume_state") or "")
+        if file == self._path(f"{done}.state"):
             self.saved = resume_state["epoch"], done
         now = _flat(self.started_with)
         before = _flat(resume_state.get("started_with", now))
@@ -221,8 +213,7 @@ class ResumableModel(SRModel):
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the training state does not fit train:optim_g and network_g ({error}); restore "
-                "these options, or start a run of another name from the weights by "
-                "path:pretrain_network_g"
+                "these options, or start another run by path:pretrain_network_g"
             ) from None
 
     def _set_schedule(self, done: int) -> None:

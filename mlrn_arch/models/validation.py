@@ -38,8 +38,7 @@ def validate(
 ) -> None:
     """Score the images of a loader, log the means and update the best results.
 
-    Replaces `SRModel.nondist_validation`. With `shared` every process scores its share of the
-    images, and all processes get the same means.
+    With `shared` every process scores its share of the images, and all get the same means.
     """
     name, scores, failure = loader.dataset.opt["name"], Scores(), None
     if shared:
@@ -48,10 +47,8 @@ def validate(
         loader = DataLoader(share, num_workers=loader.num_workers)
     try:
         for data in tqdm(loader, name, disable=not model.opt["val"].get("pbar", False)):
-            tb_of_first = None if scores else tb_logger
-            scores[data["lq_path"][0]] = _score(
-                model, data, name, current_iter, tb_of_first, save_img
-            )
+            tb, path = None if scores else tb_logger, data["lq_path"][0]  # shows the first image
+            scores[path] = _score(model, data, name, current_iter, tb, save_img)
     except Exception as error:
         if not shared:
             raise
@@ -102,10 +99,8 @@ def _score(
 
 
 def _summarize(model: Any, name: str, scores: Scores, current_iter: Any, tb_logger: Any) -> None:
-    """Average the finite values of each metric; the log names the other images.
-
-    PSNR is infinite where the output equals GT. Images smaller than SSIM's window have no SSIM.
-    """
+    """Average the finite values of each metric; the log names the other images."""
+    # PSNR is infinite where the output equals GT. Images smaller than SSIM's window have no SSIM.
     model.metric_results = {}
     best_results = vars(model).setdefault("best_metric_results", {}).setdefault(name, {})
     for metric, opt in (model.opt["val"].get("metrics") or {}).items():
