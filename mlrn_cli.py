@@ -10,6 +10,7 @@ import importlib.util
 import os
 import signal
 import sys
+from difflib import get_close_matches
 
 if "--multiprocessing-fork" in sys.orig_argv:  # a process that another one spawned
     import mlrn_arch  # noqa: F401 (before what it unpickles imports BasicSR)
@@ -48,8 +49,6 @@ def main() -> int:
         print(f"mlrn {version('mlrn_arch')}")
         return 0
     if verb not in VERBS:
-        from difflib import get_close_matches
-
         near = get_close_matches(verb, VERBS)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(VERBS)}"
         print(f"mlrn: no verb {verb!r}; {hint}", file=sys.stderr)
@@ -66,9 +65,7 @@ def main() -> int:
     from mlrn_arch import errors, plugins
 
     own_parser = verb in ("train", "test")
-    module = importlib.import_module(
-        f"mlrn_arch.{verb}" if own_parser else f"mlrn_arch.tools.{verb}"
-    )
+    module = importlib.import_module(f"mlrn_arch.{'' if own_parser else 'tools.'}{verb}")
     signal.signal(signal.SIGINT, handler)
     if own_parser:
         return errors.run(f"mlrn {verb}", lambda: module.main(rest))

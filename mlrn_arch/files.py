@@ -30,10 +30,3 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         else:
             part.unlink(missing_ok=True)
         raise
-    if os.name == "posix":
-        with contextlib.suppress(OSError):  # some network file systems refuse
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # a power cut must not undo the rename
-            finally:
-                os.close(folder)

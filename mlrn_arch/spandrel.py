@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
+import spandrel
 from basicsr.utils.registry import ARCH_REGISTRY
-from spandrel import (
-    MAIN_REGISTRY,
-    Architecture,
-    ArchRegistry,
-    ArchSupport,
-    ImageModelDescriptor,
-    SizeRequirements,
-    StateDict,
-)
+from spandrel import Architecture, ImageModelDescriptor
 from spandrel.util import KeyCondition
 
 from mlrn_arch import checkpoints
@@ -24,20 +17,10 @@ class MLRNArch(Architecture[MLRN]):
     """How spandrel recognises and builds MLRN; every argument is found by `checkpoints.deduce`."""
 
     def __init__(self) -> None:
-        super().__init__(
-            id="MLRN",
-            detect=KeyCondition.has_all(
-                "conv_first.weight",
-                "body.0.conv1.weight",
-                "body.0.conv2.weight",
-                "body.0.conv3.weight",
-                "body.0.esa.conv_f.weight",
-                "conv_after_body.weight",
-                "upsampler.0.weight",
-            ),
-        )
+        keys = "body.0.conv3.weight", "body.0.esa.conv_f.weight", "conv_after_body.weight"
+        super().__init__(id="MLRN", detect=KeyCondition.has_all(*keys))
 
-    def load(self, state_dict: StateDict) -> ImageModelDescriptor[MLRN]:
+    def load(self, state_dict: spandrel.StateDict) -> ImageModelDescriptor[MLRN]:
         """Build the network of a state dict; (1, c, h, w) in [0, 1] -> the same range, clamped."""
         network_g = checkpoints.deduce(state_dict)
         model = ARCH_REGISTRY.get(network_g.pop("type"))(**network_g)
@@ -55,10 +38,10 @@ class MLRNArch(Architecture[MLRN]):
             input_channels=num_in_ch,
             output_channels=num_out_ch,
             # Below, ESA continues its coarse map; spandrel's mirrored image is the better input.
-            size_requirements=SizeRequirements(minimum=MIN_SIZE),
+            size_requirements=spandrel.SizeRequirements(minimum=MIN_SIZE),
         )
 
 
-def install(registry: ArchRegistry = MAIN_REGISTRY) -> None:
+def install(registry: spandrel.ArchRegistry = spandrel.MAIN_REGISTRY) -> None:
     """Make a registry, spandrel's own unless another is given, know MLRN; twice does no harm."""
-    registry.add(ArchSupport.from_architecture(MLRNArch()), ignore_duplicates=True)
+    registry.add(spandrel.ArchSupport.from_architecture(MLRNArch()), ignore_duplicates=True)

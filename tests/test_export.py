@@ -95,7 +95,9 @@ def test_the_page_typed_in_order(export, trained, tmp_path):
             assert code == 0, err
     assert cv2.imread("large.png").shape == (60, 40, 3) and names["model"].scale == 4
     hint = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = backends.import_openvino().compile_model("mlrn_x4.onnx", "CPU", hint)
+    with backends.quiet():
+        import openvino
+    compiled = openvino.compile_model("mlrn_x4.onnx", "CPU", hint)
     session = names["network"]
     for batch, height, width in SIZES:
         image = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), np.uint8)
@@ -195,8 +197,11 @@ def test_another_output_is_refused_and_nan_too(factor):
         (["x5", "out.pth"], "'x5'; there are the networks MLRN_x2"),
         (["nowhere.yml", "out.pth"], "there is no option file nowhere.yml here"),
         (["net.yml", "out.pt"], "out.pt has none of the endings .onnx, .safetensors"),
-        (["net.yml", "net.pth"], "net.pth exists; --overwrite replaces it"),
-        (["net.yml", "sub", "--ntire", "7", "--overwrite"], "sub is a folder that exists already"),
+        (["net.yml", "net.pth"], "net.pth exists; --overwrite replaces files only"),
+        (
+            ["net.yml", "sub", "--ntire", "7", "--overwrite"],
+            "sub exists; --overwrite replaces files only",
+        ),
         (["net.yml", "nowhere/out.pth"], "no such folder nowhere"),
         (["net.yml", "out.pth", "--uint8"], "--uint8 and --opset are for .onnx"),
         (["net.yml", "out.pth", "--opset", "18"], "--uint8 and --opset are for .onnx"),

@@ -231,8 +231,9 @@ def test_out_of_memory_is_answered_by_smaller_tiles(tiles_before):
             return bicubic(x)
 
     image, shares = smooth(601, 330, 3) / 255, []
-    bands = Upscaler(Hungry(), **EXACT, tile=250).bands(torch.from_numpy(image), shares.append)
-    output = torch.cat(list(bands)).numpy()
+    upscaler = Upscaler(Hungry(), **EXACT, tile=250)
+    upscaler.progress = shares.append
+    output = torch.cat(list(upscaler.bands(torch.from_numpy(image)))).numpy()
     assert np.abs(output - direct(bicubic, image)).max() < 1e-5
     assert min(shares) > 0 and shares[-1] == 1
 
@@ -467,11 +468,9 @@ def over_black(file) -> np.ndarray:
     return image[..., :-1] / top * image[..., -1:] / top * 255
 
 
-@pytest.mark.parametrize("channels", [2, 4])
-def test_premultiplied_transparency(run, tmp_path, channels):
+def test_premultiplied_transparency(run, tmp_path):
     """The same picture premultiplied and straight, at 8 and 16 bits (TIFF 6.0, ExtraSamples)."""
-    photometric = "rgb" if channels == 4 else "minisblack"
-    image = smooth(40, 60, channels, 65535)
+    image = smooth(40, 60, 4, 65535)
     colours, alpha = image[..., :-1].astype(float), image[..., -1:] / 65535
     premultiplied = np.concatenate([np.rint(colours * alpha), image[..., -1:]], -1)
     arrays = {
@@ -480,12 +479,12 @@ def test_premultiplied_transparency(run, tmp_path, channels):
         "flat": (np.rint(premultiplied / 257).astype(np.uint8), "assocalpha"),
     }
     for name, (array, kind) in arrays.items():
-        how = {"photometric": photometric, "extrasamples": [kind], "planarconfig": "contig"}
+        how = {"photometric": "rgb", "extrasamples": [kind]}
         tifffile.imwrite(tmp_path / f"{name}.tif", array, **how)
     code, _, err = run("straight.tif", "deep.tif", "flat.tif")
     assert (code, err) == (0, "")
     straight, deep, flat = (over_black(tmp_path / f"upscaled/{name}_x2.tif") for name in arrays)
-    assert straight.shape == (80, 120, channels - 1)
+    assert straight.shape == (80, 120, 3)
     assert np.abs(deep - straight).max() < 0.05 and np.abs(flat - straight).max() < 3
 
 
@@ -500,15 +499,18 @@ def test_an_extra_channel_that_is_no_transparency(run, tmp_path, network, top):
     assert np.abs(output - rounded(direct(network, image[..., :3] / top), top)).max() <= 2
 
 
-@pytest.mark.parametrize("lzw", [False, True])
-def test_deep_tiffs_of_other_layouts(tmp_path, lzw):
+def test_deep_tiffs_of_other_layouts(run, tmp_path):
     image = smooth(30, 44, 3, 65535)
-    if lzw:
-        cv2.imwrite(str(tmp_path / "a.tif"), image[..., ::-1], [cv2.IMWRITE_TIFF_COMPRESSION, 5])
-    else:
-        how = {"photometric": "rgb", "planarconfig": "separate", "byteorder": ">"}
-        tifffile.imwrite(tmp_path / "a.tif", image.transpose(2, 0, 1), **how)
-    assert np.array_equal(image_files.read(tmp_path / "a.tif").array, image)
+    cv2.imwrite(str(tmp_path / "lzw.tif"), image[..., ::-1], [cv2.IMWRITE_TIFF_COMPRESSION, 5])
+    assert np.array_equal(image_files.read(tmp_path / "lzw.tif").array, image)
+    planes = {"photometric": "rgb", "planarconfig": "separate"}
+    tifffile.imwrite(tmp_path / "planar.tif", image.transpose(2, 0, 1), **planes)
+    veil = {"photometric": "minisblack", "extrasamples": ["unassalpha"], "planarconfig": "contig"}
+    tifffile.imwrite(tmp_path / "veil.tif", image[..., :2], **veil)
+    code, _, err = run("planar.tif", "veil.tif")
+    assert code == 2 and len(err.splitlines()) == 2
+    assert "planar.tif: its 16-bit channels are stored one after the other; save it" in err
+    assert "veil.tif: broken, or of a kind that is not read here" in err
 
 
 def test_deep_cmyk_is_read_at_eight_bits(run, tmp_path, network):
@@ -687,7 +689,7 @@ def test_what_is_there_is_kept_and_what_is_bad_is_named(run, tmp_path):
 
     output = tmp_path / "large/good_x2.jpg"
     output.write_bytes(b"mine")
-    code, out, _ = run("-i", photos / "good.png", "-o", "large", "--format", "jpg")
+    code, out, _ = run(photos / "good.png", "-o", "large", "--format", "jpg")
     assert code == 0 and "0 upscaled, 1 already there" in out and output.read_bytes() == b"mine"
     code, _, err = run(photos / "good.png", "-o", "large", "--format", "jpg", "--overwrite")
     assert (code, err) == (0, "") and output.read_bytes() != b"mine"
@@ -776,7 +778,7 @@ def test_what_is_beyond_memory_is_refused(run, tmp_path, monkeypatch):
         tiff.pages.first.tags["ImageLength"].overwrite(2**24)
         tiff.pages.first.tags["RowsPerStrip"].overwrite(30)
     monkeypatch.undo()
-    with pytest.raises(image_files.BadImage, match="parts of it are missing"):
+    with pytest.raises(image_files.BadImage, match="^broken"):
         image_files.read(file)
 
 

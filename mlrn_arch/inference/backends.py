@@ -76,23 +76,18 @@ def load(
     device: str | torch.device | None = None,
     precision: str = "auto",
 ) -> Runner:
-    """Prepare a copy of a network for running.
-
-    OpenVINO and ONNX Runtime run on the CPU and take seconds to prepare: for a single small image
-    `torch` is faster.
+    """Prepare a copy of a network, (n, c, h, w) in [0, 1] -> (n, c, h * s, w * s), for running.
 
     Args:
-        network: A super-resolution network: (n, c, h, w) in [0, 1] -> (n, c, h * s, w * s).
         backend: One of `NAMES`. None means PyTorch on a GPU, and on the CPU the first of
-            `available()` that can run this network.
+            `available()` that can run this network. The others take seconds to prepare.
         device: As `device_of` takes it.
         precision: `fp32`, `bf16`, `fp16`, or `auto`: fp16 on an NVIDIA GPU, bf16 on a CPU that
             computes in it, else fp32. ONNX Runtime has fp32 only. A network that may overflow
             fp16, or whose output is not finite, runs in bf16 or fp32 instead, with a note.
 
     Raises:
-        UserError: The back end is unknown, not installed, or cannot run this network on this
-            device in this precision.
+        UserError: The back end is not installed, or cannot run this network so.
     """
     if backend not in (None, *NAMES):
         raise UserError(f"back end: {unknown(backend, NAMES)}")
@@ -101,10 +96,6 @@ def load(
     if backend is not None:
         need(f"the back end {backend}", *PACKAGES[backend])
     target = device_of(backend, device)
-    lower = precision not in ("auto", "fp32")
-    if backend == "onnxruntime" and lower:
-        raise UserError(f"onnxruntime computes in fp32; {precision} needs openvino or torch")
-
     network = copy.deepcopy(network).to(target, torch.float32).eval().requires_grad_(False)
     if precision == "auto" and target.type == "cuda":
         precision = "fp16"
@@ -112,8 +103,6 @@ def load(
         precision = _instead_of_fp16("the network's image range is above 1", target)
     candidates = available() if backend is None and target.type == "cpu" else [backend or "torch"]
     for name in candidates[:-1]:
-        if name == "onnxruntime" and lower:
-            continue
         try:
             return _prepare(name, network, target, precision)
         except UserError as error:
@@ -124,6 +113,8 @@ def load(
 def _prepare(name: str, network: nn.Module, device: torch.device, precision: str) -> Runner:
     if name == "torch":
         return _torch(network, device, precision)
+    if name == "onnxruntime" and precision not in ("auto", "fp32"):
+        raise UserError(f"onnxruntime computes in fp32; {precision} needs openvino or torch")
     try:
         if name == "openvino":
             exported = _openvino(network, precision)
@@ -168,34 +159,27 @@ def _torch(network: nn.Module, device: torch.device, precision: str) -> Runner:
     return runner
 
 
-def import_openvino() -> Any:
-    """Import OpenVINO without its telemetry."""
-    with quiet():
-        import openvino
-    return openvino
-
-
 def _openvino(network: nn.Module, precision: str) -> Runner:
-    openvino = import_openvino()
     channels = input_channels(network) or 3
     with quiet(), torch.no_grad():
+        import openvino
+
         # Traced, not exported: three times as fast. `check` finds a size that the trace fixed.
         model = openvino.convert_model(
             network,
             example_input=torch.zeros(1, channels, MIN_SIZE, 2 * MIN_SIZE),
             input=[-1, channels, -1, -1],
         )
-    check("OpenVINO", run_openvino(model, "f32"), network)
-    return run_openvino(model, {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}.get(precision))
 
+    def compiled(hint: str | None) -> Runner:
+        config = {"INFERENCE_PRECISION_HINT": hint} if hint else {}  # else OpenVINO chooses
+        run = openvino.compile_model(model, "CPU", config)
+        chosen = run.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        name = {"f32": "fp32", "f16": "fp16"}.get(chosen, chosen)
+        return Runner("openvino", name, lambda x: torch.from_numpy(run(x.numpy())[0]))
 
-def run_openvino(model: Any, hint: str | None) -> Runner:
-    """Compile a model of OpenVINO or a file; without a hint OpenVINO chooses the precision."""
-    config = {"INFERENCE_PRECISION_HINT": hint} if hint else {}
-    compiled = import_openvino().compile_model(model, "CPU", config)
-    chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    precision = {"f32": "fp32", "f16": "fp16"}.get(chosen, chosen)
-    return Runner("openvino", precision, lambda x: torch.from_numpy(compiled(x.numpy())[0]))
+    check("OpenVINO", compiled("f32"), network)
+    return compiled({"fp32": "f32", "bf16": "bf16", "fp16": "f16"}.get(precision))
 
 
 def run_onnx(model: bytes | str) -> Runner:
@@ -216,13 +200,10 @@ def check(
     network: nn.Module,
     shapes: Sequence[tuple[int, int, int]] = ((1, 3 * MIN_SIZE, MIN_SIZE),),
 ) -> str:
-    """Compare an exported network with PyTorch in fp32; returns a line with the difference.
+    """Compare `run`, a network exported to `where`, with the network; returns a line about it.
 
-    Args:
-        where: What runs it, for the messages.
-        run: The exported network.
-        network: The original, in evaluation mode, on the CPU; a `Uint8` may differ by 1 of 255.
-        shapes: Batch, height and width of random images. Those that PyTorch refuses are left out.
+    `shapes` are batch, height and width of random images. Those that PyTorch refuses are left out.
+    A `Uint8` may differ by 1 of 255.
     """
     generator = torch.Generator().manual_seed(0)
     exact, differences = not isinstance(network, Uint8), []
@@ -265,11 +246,7 @@ class Uint8(nn.Module):
 
 
 def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
-    """Export a network or a `Uint8` to ONNX with batch, height and width left open.
-
-    The network must be in evaluation mode on the CPU and is not changed. The model maps `input` to
-    `output`. Networks with ESA, such as MLRN, are right at every size.
-    """
+    """Export a network or a `Uint8`, on the CPU, to ONNX of any batch, height and width."""
     need("exporting to ONNX", "onnx", "onnxscript")
     network = copy.deepcopy(network)
     for module in network.modules():
@@ -277,11 +254,10 @@ def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
             module.always_pad = True
     x = torch.zeros(2, input_channels(network) or 3, 40, 48)
     # At least 21: up to 20 ESA's pooled map is one pixel wide, which torch.export specialises on.
-    sizes = {0: torch.export.Dim("batch")}
-    sizes[2], sizes[3] = (torch.export.Dim(side, min=21) for side in ("height", "width"))
+    height, width = (torch.export.Dim(side, min=21) for side in ("height", "width"))
+    sizes = {0: torch.export.Dim("batch"), 2: height, 3: width}
     if isinstance(network, Uint8):
-        x = x.permute(0, 2, 3, 1).to(torch.uint8)
-        sizes = {0: sizes[0], 1: sizes[2], 2: sizes[3]}
+        x, sizes = x.permute(0, 2, 3, 1).to(torch.uint8), {0: sizes[0], 1: height, 2: width}
     try:
         with quiet(), torch.no_grad():
             program: Any = torch.onnx.export(
@@ -311,7 +287,8 @@ def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence what tracers and exporters say, and OpenVINO's telemetry, which is off in CI."""
-    disabled, before = logging.root.manager.disable, os.environ.get("CI")
+    disabled = logging.root.manager.disable
+    before = {"CI": os.environ["CI"]} if "CI" in os.environ else {}
     logging.disable(logging.WARNING)
     os.environ["CI"] = "true"
     try:
@@ -321,5 +298,4 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(disabled)
         os.environ.pop("CI")
-        if before is not None:
-            os.environ["CI"] = before
+        os.environ.update(before)

@@ -76,19 +76,10 @@ def count(
     upscale: float,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, int]:
-    """Count what one forward pass costs, on the meta device if the network can run there.
+    """Count what one pass of an input of `shape`, (n, c, h, w), costs; the network is not changed.
 
-    Args:
-        network: In evaluation mode; it is left as it was.
-        shape: Of the input, (n, c, h, w).
-        upscale: Output size over input size.
-        dtype: Of weights and input, for the bytes.
-
-    Returns:
-        `parameters`, `mult_adds`, `flops`, `activations`, `convolutions` and `peak_bytes`.
-
-    Raises:
-        UserError: The network cannot take this input, or does not return `upscale` times its size.
+    Returns `parameters`, `mult_adds`, `flops`, `activations`, `convolutions` and `peak_bytes`, for
+    weights and input of `dtype`; `UserError` if the output has not `upscale` times the size.
     """
     for device in ("meta", "cpu"):  # some networks look at values; the meta device has none
         try:

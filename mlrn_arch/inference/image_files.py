@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import tifffile
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms
 
 from mlrn_arch.errors import first_line
 from mlrn_arch.files import atomic_write
@@ -26,21 +26,18 @@ FORMATS = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff
 FORMATS |= {".jpg": "JPEG", ".jpeg": "JPEG"}
 # What the readers say of broken files, BadImage says in one line.
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="PIL")
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 # Those and more are read, but not EPS, for which Pillow starts Ghostscript.
 READ = (*set(FORMATS.values()), "GIF", "AVIF", "JPEG2000", "PPM", "ICO", "PSD")
 LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side that a format and its library allow
 _ORIENTATION, _EXIF_IFD, _GPS_IFD = 0x0112, 0x8769, 0x8825
+_BITS, _PHOTOMETRIC, _PLANES, _EXTRA_SAMPLES = 258, 262, 284, 338  # of a TIFF
 # Tags up to 700 that describe the photograph, not the layout of a TIFF; and what is not EXIF:
 # IPTC, Photoshop's resources, the profile, Photoshop's layers.
-_DESCRIPTIVE, _PAYLOADS = (
-    {269, 270, 271, 272, 285, 305, 306, 315, 316},
-    {33723, 34377, 34675, 37724},
-)
+_DESCRIPTIVE = {269, 270, 271, 272, 285, 305, 306, 315, 316}
+_PAYLOADS = {33723, 34377, 34675, 37724}
 _SRGB = (0.45455, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # as in gAMA and cHRM
-_EXTRA = "without an extra channel that the file does not call transparency"
 
 
 class BadImage(Exception):
@@ -55,137 +52,70 @@ class Picture:
     icc: bytes | None
     exif: Image.Exif  # without orientation, size and resolution
     notes: list[str]  # what of the file is not in here
-    lossless: bool = False  # a lossless WebP
+    lossless: bool  # a lossless WebP
 
 
 def size(path: Path) -> int:
     """The pixels of an image by its header; 0 if that cannot be read."""
-    try:
-        with Image.open(path, formats=READ) as image:
-            return image.width * image.height
-    except Exception:  # `read` names the reason
-        return 0
+    with contextlib.suppress(Exception), Image.open(path, formats=READ) as image:
+        return image.width * image.height
+    return 0  # `read` names the reason
 
 
 def read(path: Path) -> Picture:
-    """Read an image file.
-
-    Raises:
-        BadImage: It cannot be read, or has neither 8 nor 16 bits a channel.
-    """
+    """Read an image file of 8 or 16 bits a channel; `BadImage` if that fails."""
     if (need := 4 * size(path)) > free_memory():
         raise BadImage(f"it takes {need / 1e9:.1f} GB of memory, which is more than is free")
     try:
-        return _read_deep_tiff(path) or _read(path)
+        with Image.open(path, formats=READ) as image:
+            return _read(path, image)
     except BadImage:
         raise
-    except UnidentifiedImageError:
-        raise BadImage("not an image, broken, or of a kind that is not read here") from None
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from None
     except Exception as error:  # a broken file makes the readers raise anything
-        raise BadImage(f"broken, or of an unknown kind ({first_line(error)})") from error
+        reason = f"broken, or of a kind that is not read here ({first_line(error)})"
+        raise BadImage(getattr(error, "strerror", None) or reason) from error
 
 
-def _read(path: Path) -> Picture:
-    with Image.open(path, formats=READ) as image:
-        layout = str(image.tile)  # loading empties it
-        mode, notes = image.mode.split(";")[0], []
-        grey = mode in ("1", "L", "LA", "La", "I") or "LA;16" in layout
-        if mode == "F":
-            raise BadImage("floating-point pixels, whose range is not known")
-        if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
-            notes.append(f"only the first of its {frames} frames or pages")
-        if 0 in getattr(image, "tag_v2", {}).get(338, ()):
-            notes.append(_EXTRA)
-        if mode == "I" or ";16" in layout and mode != "CMYK":
-            array = _decode_deep(path, grey)
-            if array.shape[2] == 1 and "transparency" in image.info:  # one grey is transparent
-                alpha = np.where(array == image.info["transparency"], 0, 65535)
-                array = np.dstack([array, alpha.astype(np.uint16)])
-        else:
-            if ";16" in layout:
-                notes.append("16-bit CMYK is read at 8 bits")
-            wanted = ("L" if grey else "RGB") + "A" * image.has_transparency_data
-            colours: Image.Image = image
-            if mode == "CMYK" and "icc_profile" in image.info:  # which says nothing of RGB
-                with contextlib.suppress(ImageCms.PyCMSError):
-                    profiles = io.BytesIO(image.info["icc_profile"]), ImageCms.createProfile("sRGB")
-                    colours = ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
-            # convert() copies, which a large image need not
-            array = np.array(colours if colours.mode == wanted else colours.convert(wanted))
-        icc = None if mode == "CMYK" else image.info.get("icc_profile")
-        data = path.read_bytes() if image.format in ("PNG", "WEBP") else b""
-        found = [image.info.get("gamma", _SRGB[0]), *image.info.get("chromaticity", _SRGB[1:])]
-        is_srgb = {"icc_profile", "srgb"} & image.info.keys() or np.allclose(found, _SRGB, 0.01)
-        if not is_srgb or image.format == "PNG" and b"cICP" in data.partition(b"IDAT")[0]:
-            notes.append("without its gAMA, cHRM or cICP chunk, so its colours may look different")
-        if getattr(image, "text", None):
-            notes.append("without its text")
-        exif = image.getexif()  # after loading, which turns a TIFF
-        turn = 1 if image.format == "TIFF" else exif.get(_ORIENTATION, 1)
-        picture = _picture(array, turn, icc, exif, notes)
-        # The first image chunk of a WebP says whether it is lossless.
-        picture.lossless = image.format == "WEBP" and re.findall(rb"VP8[L ]", data)[:1] == [b"VP8L"]
-        return picture
-
-
-def _read_deep_tiff(path: Path) -> Picture | None:
-    """A grey or RGB TIFF of 16 bits, which Pillow would cut to 8; None for any other file."""
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(tifffile.TiffFile(path))
-            page, frames = file.pages.first, len(file.pages)
-        except Exception:  # Pillow has the next try
-            return None
-        if page.dtype != np.uint16 or page.photometric not in (0, 1, 2):
-            return None
-        if math.prod(page.chunked) > len(page.dataoffsets):
-            raise BadImage("broken: parts of it are missing")
-        colours = 3 if page.photometric == 2 else 1
-        # LZW takes tifffile another package; OpenCV knows it, and turns the image as well.
-        if page.compression == tifffile.COMPRESSION.LZW and page.axes != "SYX":
-            array, turn = _decode_deep(path, colours == 1), 1
-        else:
-            array, turn = page.asarray(), page.tags.valueof(_ORIENTATION, 1)
-            array = np.moveaxis(array, 0, -1) if page.axes == "SYX" else array
-        array = np.atleast_3d(array)
-        exif, notes = Image.Exif(), [f"only the first of its {frames} frames or pages"]
-        with contextlib.suppress(Exception), path.open("rb") as stream:
-            exif.load_from_fp(stream)
-        if page.photometric == 0:  # white is zero
-            array[..., 0] = 65535 - array[..., 0]
-        extra = (page.extrasamples or (2,))[0]  # straight alpha, if the file does not say
-        notes = notes[: frames - 1] + [_EXTRA] * (array.shape[2] > colours + (extra > 0))
-        array = array[..., : colours + (extra > 0)]
-        if extra == 1:  # premultiplied
-            alpha = array[..., colours:].astype(np.uint32)
-            straight = (array[..., :colours] * np.uint32(65535) + alpha // 2) // alpha.clip(1)
-            array[..., :colours] = straight.clip(max=65535)
-        return _picture(array, turn, page.iccprofile, exif, notes)
-
-
-def _decode_deep(path: Path, grey: bool) -> np.ndarray:
-    """16 bits a channel by OpenCV, (h, w, c) in the order of `Picture`."""
-    array = None
-    with contextlib.suppress(cv2.error):
-        array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    if array is None or array.dtype != np.uint16:
-        raise BadImage("broken, or neither of 8 nor of 16 bits a channel")
+def _read(path: Path, image: Image.Image) -> Picture:
+    layout, tags = str(image.tile), getattr(image, "tag_v2", {})  # loading empties the former
+    mode, notes = image.mode.split(";")[0], []
+    grey = mode in ("1", "L", "LA", "La", "I") or "LA;16" in layout
+    if mode == "F":
+        raise BadImage("floating-point pixels, whose range is not known")
+    if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+        notes.append(f"only the first of its {frames} frames or pages")
+    if 0 in tags.get(_EXTRA_SAMPLES, ()):
+        notes.append("without an extra channel that the file does not call transparency")
+    deep = mode == "I" or ";16" in layout or 16 in tags.get(_BITS, ())
+    if deep and mode != "CMYK":
+        array = _read_deep(path, image, grey)
+    else:
+        if deep:
+            notes.append("16-bit CMYK is read at 8 bits")
+        wanted = ("L" if grey else "RGB") + "A" * image.has_transparency_data
+        colours = image
+        if mode == "CMYK" and "icc_profile" in image.info:  # which says nothing of RGB
+            with contextlib.suppress(ImageCms.PyCMSError):
+                profiles = io.BytesIO(image.info["icc_profile"]), ImageCms.createProfile("sRGB")
+                colours = ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
+        # convert() copies, which a large image need not
+        array = np.array(colours if colours.mode == wanted else colours.convert(wanted))
     array = np.atleast_3d(array)
-    order = [0] if array.shape[2] == 1 else [0, 3] if grey else [2, 1, 0, 3]
-    return array[..., [c for c in order if c < array.shape[2]]]
-
-
-def _picture(
-    array: np.ndarray, turn: int, icc: bytes | None, exif: Image.Exif, notes: list[str]
-) -> Picture:
-    array = np.atleast_3d(array)
-    if array.ndim > 3 or not array.size:
+    if not array.size:
         raise BadImage("no picture in it")
+    icc = None if mode == "CMYK" else image.info.get("icc_profile")
     if icc and icc[16:20] != (b"GRAY" if array.shape[2] < 3 else b"RGB "):
         notes.append(f"without its colour profile, which is for {icc[16:20]!r} pixels")
         icc = None
+    data = path.read_bytes() if image.format in ("PNG", "WEBP") else b""
+    found = [image.info.get("gamma", _SRGB[0]), *image.info.get("chromaticity", _SRGB[1:])]
+    is_srgb = {"icc_profile", "srgb"} & image.info.keys() or np.allclose(found, _SRGB, 0.01)
+    if not is_srgb or image.format == "PNG" and b"cICP" in data.partition(b"IDAT")[0]:
+        notes.append("without its gAMA, cHRM or cICP chunk, so its colours may look different")
+    if getattr(image, "text", None):
+        notes.append("without its text")
+    exif = image.getexif()
+    turn = 1 if image.format == "TIFF" else exif.get(_ORIENTATION, 1)  # readers turn a TIFF
     if turn >= 5:
         array = array.swapaxes(0, 1)
     if turn in (2, 3, 6, 7):
@@ -202,20 +132,45 @@ def _picture(
     except Exception:  # EXIF may be broken in as many ways as there are cameras
         exif = Image.Exif()
         notes.append("without its EXIF, which is broken")
-    return Picture(np.ascontiguousarray(array), icc, exif, notes)
+    # The first image chunk of a WebP says whether it is lossless.
+    lossless = image.format == "WEBP" and re.findall(rb"VP8[L ]", data)[:1] == [b"VP8L"]
+    return Picture(np.ascontiguousarray(array), icc, exif, notes, lossless)
+
+
+def _read_deep(path: Path, image: Image.Image, grey: bool) -> np.ndarray:
+    """16 bits a channel, which Pillow would cut to 8, by OpenCV; (h, w, c) as in `Picture`."""
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_PLANES) == 2:
+        raise BadImage("its 16-bit channels are stored one after the other; save it interleaved")
+    array = None
+    with contextlib.suppress(cv2.error):
+        array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if array is None or array.dtype != np.uint16:
+        raise BadImage("broken, or neither of 8 nor of 16 bits a channel")
+    array = np.atleast_3d(array)
+    order = [0] if array.shape[2] == 1 else [0, 3] if grey else [2, 1, 0, 3]
+    extra = tags.get(_EXTRA_SAMPLES, (2,))[0]  # straight alpha, if the file does not say
+    array = array[..., [c for c in order if c < array.shape[2] - (extra == 0)]]
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+        array = 65535 - array
+    if extra == 1:  # premultiplied
+        alpha = array[..., -1:].astype(np.uint32)
+        straight = (array[..., :-1] * np.uint32(65535) + alpha // 2) // alpha.clip(1)
+        array[..., :-1] = straight.clip(max=65535)
+    if array.shape[2] == 1 and "transparency" in image.info:  # one grey is transparent
+        alpha = np.where(array == image.info["transparency"], 0, 65535)
+        array = np.dstack([array, alpha.astype(np.uint16)])
+    return array
 
 
 def write(
     path: Path, bands: Iterable[np.ndarray], shape: tuple, picture: Picture, quality: int
 ) -> None:
-    """Write an image file, whole or not at all.
+    """Write an image file, whole or not at all; `BadImage` if that fails.
 
     `bands` are its rows from top to bottom, (rows, w, c), of `dtype(path, picture)`; `shape` is
-    (h, w, c) of the whole. Profile and EXIF are those of `picture`, whose notes get what the format
-    cannot hold. `quality`, 1 to 100, is that of JPEG and lossy WebP.
-
-    Raises:
-        BadImage: The format cannot hold the image, or the file cannot be written.
+    (h, w, c) of the whole. `picture` has profile and EXIF, and its notes get what the format cannot
+    hold. `quality`, 1 to 100, is that of JPEG and lossy WebP.
     """
     kind, y = FORMATS[path.suffix.lower()], 0
     height, width, channels = shape
@@ -225,6 +180,7 @@ def write(
     if channels in (2, 4) and kind in ("JPEG", "BMP"):
         raise BadImage(f"it has transparency, which {kind} cannot hold; use --format png")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             if dtype(path, picture) == np.uint16:
                 array = np.empty(shape, np.uint16)
@@ -265,20 +221,26 @@ def _options(kind: str, large: bool, picture: Picture, quality: int) -> dict[str
         options = {"dpi": (0, 0)}  # Pillow would claim 96
         if picture.icc or picture.exif:
             picture.notes.append("without colour profile and EXIF, which BMP cannot hold")
-    elif kind == "TIFF" and (large or {_EXIF_IFD, _GPS_IFD} & picture.exif.keys()):
-        options["big_tiff"] = large  # neither can Pillow write compressed
-    elif kind == "TIFF":
-        options["compression"] = "tiff_adobe_deflate"
+    elif kind == "TIFF":  # Pillow can write neither a large one nor these parts compressed
+        plain = large or {_EXIF_IFD, _GPS_IFD} & picture.exif.keys()
+        options |= {"big_tiff": large} if plain else {"compression": "tiff_adobe_deflate"}
     return options
 
 
 def _write_deep(path: Path, kind: str, array: np.ndarray, picture: Picture) -> None:
     channels, icc = array.shape[2], picture.icc
+    if channels == 2:  # OpenCV knows no grey with alpha, and RGB may have no profile for grey
+        array, icc = np.ascontiguousarray(array[..., [0, 0, 0, 1]]), None
+        if picture.icc:
+            picture.notes.append("RGB without its colour profile, which is for grey")
+    elif channels > 2 and kind == "PNG":
+        to_bgr = cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGBA2BGRA
+        cv2.cvtColor(array, to_bgr, dst=array)
     if kind == "TIFF":
         tifffile.imwrite(
             path,
             array.squeeze(-1) if channels == 1 else array,
-            photometric="minisblack" if channels < 3 else "rgb",
+            photometric="minisblack" if channels == 1 else "rgb",
             planarconfig="contig" if channels > 1 else None,
             extrasamples=["unassalpha"] if channels in (2, 4) else None,
             compression="zlib",
@@ -289,13 +251,6 @@ def _write_deep(path: Path, kind: str, array: np.ndarray, picture: Picture) -> N
         if picture.exif.keys() - {270, 305}:  # more than a description and the software
             picture.notes.append("without its EXIF, which is not written into 16-bit TIFF")
         return
-    if channels == 2:  # OpenCV writes no grey with alpha, and RGB may have no profile for grey
-        array, icc = array[..., [0, 0, 0, 1]], None
-        if picture.icc:
-            picture.notes.append("RGB without its colour profile, which is for grey")
-    elif channels > 2:
-        to_bgr = cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGBA2BGRA
-        cv2.cvtColor(array, to_bgr, dst=array)
     exif = picture.exif.tobytes().removeprefix(b"Exif\0\0") if picture.exif else None
     blobs = {cv2.IMAGE_METADATA_ICCP: icc, cv2.IMAGE_METADATA_EXIF: exif}
     chunks = {kind: np.frombuffer(blob, np.uint8) for kind, blob in blobs.items() if blob}

@@ -12,13 +12,8 @@ def imresize(img: np.ndarray, scale: int) -> np.ndarray:
     The kernel is Keys' cubic (1981, a = -0.5) widened by `scale`, an integer >= 2. `img` is uint8,
     H x W or H x W x C with C <= 4; each side of the result is the input's over `scale`, rounded up.
     As in MATLAB, rows come first and their result is rounded to 8 bits before the columns; the
-    image is mirrored at its border, the edge pixel repeated.
-
-    The published LR images of Set5 and Set14 are reproduced exactly, except for the outermost 2 LR
-    pixels: they were made before the HR images were cropped to a multiple of the factor.
-
-    Raises:
-        ValueError: Another image or scale.
+    image is mirrored at its border. The published LR images of Set5 and Set14 are reproduced
+    exactly, except for the outermost 2 pixels: they were made before the HR images were cropped.
     """
     if img.dtype != np.uint8 or img.ndim not in (2, 3) or img.size == 0 or img.shape[2:] > (4,):
         raise ValueError(f"expected uint8, H x W (x C <= 4), got {img.dtype} {img.shape}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -15,10 +16,7 @@ LARGEST, SMALLEST = 1024, 192  # pixels a side
 
 
 def cut(side: int, tile: int) -> tuple[list[int], int]:
-    """Where tiles start along a side, and their length there: all alike, no longer than needed.
-
-    The distance from either border of the image is a multiple of ESA's stride.
-    """
+    """Where tiles start along a side, at multiples of ESA's stride from both ends; their length."""
     if side <= tile:
         return [0], side
     number, length = 1, side
@@ -30,9 +28,15 @@ def cut(side: int, tile: int) -> tuple[list[int], int]:
     return [round(i * strides / (number - 1)) * STRIDE for i in range(number)], length
 
 
-def ramp(size: int, like: Tensor) -> Tensor:
-    """From 0 to 1 over the middle half: a network sees least at the rim of a tile."""
-    return ((torch.arange(size, device=like.device) + 0.5) / size * 2 - 0.5).clamp_(0, 1)
+def weights(starts: list[int], length: int, scale: int, device: torch.device) -> list[Tensor]:
+    """What outputs of tiles count along a side: together 1, and nothing at the rim of a tile."""
+    shares = [torch.ones(length * scale, device=device) for _ in starts]
+    for i, (start, following) in enumerate(itertools.pairwise(starts)):
+        n = (start + length - following) * scale
+        ramp = ((torch.arange(n, device=device) + 0.5) / n * 2 - 0.5).clamp_(0, 1)
+        shares[i][-n:] -= ramp
+        shares[i + 1][:n] = ramp
+    return shares
 
 
 def choose(
@@ -40,8 +44,7 @@ def choose(
 ) -> int:
     """The longest side of a tile that needs no more than half of what the output leaves.
 
-    `shape` is (h, w, c) of the image, `item` the bytes of a value of the output, and `pixel` the
-    bytes that the network needs for an input pixel.
+    `item` are the bytes of a value of the output, `pixel` those that an input pixel needs inside.
     """
     height, width, channels = shape
     if device.type == "cuda":  # what torch's cache can give back is free, too

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -43,9 +42,7 @@ class Upscaler:
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         tile: Longest side of a tile in input pixels, at least 192 (default: by the free memory).
         self_ensemble: Average over the 8 flips and rotations, in about 8 times the time.
-
-    Raises:
-        UserError: There is no such model, or it cannot be used.
+    `UserError` says why a model cannot be used.
     """
 
     def __init__(
@@ -76,6 +73,8 @@ class Upscaler:
         if scale not in (None, self.scale):
             raise UserError(f"this network is an x{self.scale} one, not x{scale}")
         self.tile, self.self_ensemble = tile, self_ensemble
+        # Called after every tile with the share of the image that is done.
+        self.progress: Callable[[float], object] = lambda share: None
         # Bytes an input pixel: what one pass holds, and as much again for a back end's own needs.
         shape = (1, self.channels, tiles.SMALLEST, tiles.SMALLEST)
         self._bytes = 2 * count(self.network, shape, self.scale)["peak_bytes"] / tiles.SMALLEST**2
@@ -90,16 +89,10 @@ class Upscaler:
     def __call__(self, image: Any) -> Any:
         """Upscale an image, or a batch of images, to `scale` times the size; the kind stays.
 
-        Args:
-            image: A PIL image (L, LA, RGB, RGBA); an array, (h, w) or (h, w, c) with c = 1 (grey),
-                2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha), uint8, uint16 or floating-point in
-                [0, 1]; or a floating-point tensor, (n, c, h, w) in [0, 1].
-
-        Returns:
-            Floating-point values are nominally in [0, 1], not clamped.
-
-        Raises:
-            ValueError: Another shape, type or range.
+        `image` is a PIL image (L, LA, RGB, RGBA); an array, (h, w) or (h, w, c) with c = 1 (grey),
+        2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha), uint8, uint16 or floating-point in [0, 1]; or a
+        floating-point tensor, (n, c, h, w) in [0, 1]. `ValueError` for anything else.
+        Floating-point values that come out are not clamped.
         """
         if isinstance(image, Tensor):
             if image.ndim != 4 or not image.is_floating_point():
@@ -119,16 +112,10 @@ class Upscaler:
             y += len(band)
         return output.reshape(*output.shape[:2], *array.shape[2:])
 
-    def bands(
-        self, image: Tensor, progress: Callable[[float], object] = lambda share: None
-    ) -> Iterator[Tensor]:
-        """Upscale an image, (h, w, c), piece by piece, so that no output is held in float.
+    def bands(self, image: Tensor) -> Iterator[Tensor]:
+        """Upscale an image, (h, w, c) as `__call__` takes it, so that no output is held in float.
 
-        Calls `progress` after every tile with the share of the image that is done. Returns the rows
-        of the output from top to bottom, (rows, w * scale, c), float32, nominally in [0, 1].
-
-        Raises:
-            ValueError: Another shape, type or range than `__call__` takes.
+        Returns the rows of the output from top to bottom, (rows, w * scale, c), float32.
         """
         floating = image.is_floating_point()
         known = floating or image.dtype in (torch.uint8, torch.uint16)
@@ -149,18 +136,16 @@ class Upscaler:
         tile = self.tile or tiles.choose(
             (height, width, channels), self.scale, image.element_size(), self._bytes, self._device
         )
-        return self._bands(image, size, tile, progress)
+        return self._bands(image, size, tile)
 
     @torch.no_grad()
-    def _bands(
-        self, image: Tensor, size: tuple, tile: int, progress: Callable[[float], object]
-    ) -> Iterator[Tensor]:
+    def _bands(self, image: Tensor, size: tuple, tile: int) -> Iterator[Tensor]:
         height, width = (side * self.scale for side in size)  # without the mirrors
         yielded = 0
         while True:
             rows = 0
             try:
-                for band in self._strips(image, tile, progress):
+                for band in self._strips(image, tile):
                     band = band[: height - rows, :width]
                     rows += len(band)
                     if rows > yielded:
@@ -173,35 +158,25 @@ class Upscaler:
                     raise
             tile = max(tiles.SMALLEST, tile // 2)  # from the top again, without the rows yielded
 
-    def _strips(
-        self, image: Tensor, tile: int, progress: Callable[[float], object]
-    ) -> Iterator[Tensor]:
-        s = self.scale
-        ys, height = tiles.cut(image.shape[0], tile)
-        xs, width = tiles.cut(image.shape[1], tile)
+    def _strips(self, image: Tensor, tile: int) -> Iterator[Tensor]:
+        s, (rows, columns, channels) = self.scale, image.shape
+        (ys, height), (xs, width) = tiles.cut(rows, tile), tiles.cut(columns, tile)
+        down = tiles.weights(ys, height, s, self._device)
+        across = tiles.weights(xs, width, s, self._device)
         has_esa = any(isinstance(module, ESA) for module in self.network.modules())
         by_place = has_esa and self.channels == 3 and len(ys) * len(xs) > 1
-        above = None
+        below = torch.empty(0, columns * s, channels, device=self._device)
         for i, y in enumerate(ys):
-            strip = torch.empty(0)
+            strip = F.pad(below, (0, 0, 0, 0, 0, height * s - len(below)))
             for j, x in enumerate(xs):
-                place = ((y, image.shape[0]), (x, image.shape[1])) if by_place else None
+                place = ((y, rows), (x, columns)) if by_place else None
                 output = self._tile(image[y : y + height, x : x + width], place)
-                start = 0
-                if j == 0:
-                    strip = output.new_empty(height * s, image.shape[1] * s, image.shape[2])
-                else:
-                    start = (xs[j - 1] + width - x) * s
-                    left = strip[:, x * s : x * s + start]
-                    left.lerp_(output[:, :start], tiles.ramp(start, output)[:, None])
-                strip[:, x * s + start : (x + width) * s] = output[:, start:]
-                progress((i * len(xs) + j + 1) / (len(ys) * len(xs)))
-            if above is not None:
-                top = strip[: len(above)]
-                top.copy_(above.lerp_(top, tiles.ramp(len(above), top)[:, None, None]))
-            rows = (ys[i + 1] - y if i + 1 < len(ys) else height) * s
-            above = strip[rows:].clone()
-            yield strip[:rows]
+                shares = down[i][:, None, None] * across[j][:, None]
+                strip[:, x * s : (x + width) * s].addcmul_(output, shares)
+                self.progress((i * len(xs) + j + 1) / (len(ys) * len(xs)))
+            done = ([*ys, rows][i + 1] - y) * s
+            below = strip[done:].clone()  # not the strip itself
+            yield strip[:done]
 
     def _tile(self, tile: Tensor, place: Place | None) -> Tensor:
         """(h, w, c) of any kind -> (h * scale, w * scale, c), float32, where the network runs."""
@@ -236,10 +211,7 @@ class Upscaler:
     def _ensemble(self, x: Tensor, place: Place | None) -> Tensor:
         if not self.self_ensemble:
             return self._forward(x, place)
-        return functools.reduce(torch.add, self._views(x, place)) / 8
-
-    def _views(self, x: Tensor, place: Place | None) -> Iterator[Tensor]:
-        """The outputs for the 8 flips and rotations of a tile, turned back."""
+        total = x.new_zeros(())
         for flips in ([], [-2], [-1], [-2, -1]):
             view = None
             if place:
@@ -248,8 +220,9 @@ class Upscaler:
                 left = width - left - x.shape[-1] if -1 in flips else left
                 view = (top, height), (left, width)
             flipped = x.flip(flips)
-            yield self._forward(flipped, view).flip(flips)
-            yield self._forward(flipped.mT, view and view[::-1]).mT.flip(flips)
+            total = total + self._forward(flipped, view).flip(flips)
+            total += self._forward(flipped.mT, view and view[::-1]).mT.flip(flips)
+        return total / 8
 
     def _forward(self, x: Tensor, place: Place | None) -> Tensor:
         on_tile = place is not None
@@ -293,11 +266,10 @@ def _probe(network: nn.Module) -> tuple[int, int]:
         try:
             with torch.inference_mode():
                 output = tuple(network(torch.zeros(shape, device=device)).shape)
+            scale = output[-1] // MIN_SIZE
+            if scale and output == (*shape[:2], scale * MIN_SIZE, scale * MIN_SIZE):
+                return shape[1], scale
+            faults.append(f"it returns {output} for {shape}")
         except Exception as error:  # each network refuses in its own way
             faults.append(first_line(error))
-            continue
-        scale = output[-1] // MIN_SIZE
-        if scale and output == (*shape[:2], scale * MIN_SIZE, scale * MIN_SIZE):
-            return shape[1], scale
-        faults.append(f"it returns {output} for {shape}")
     raise UserError(f"{type(network).__name__} does not upscale RGB or Y images: {faults[0]}")

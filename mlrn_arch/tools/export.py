@@ -71,10 +71,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--uint8 and --opset are for .onnx")
     if args.img_range is not None and not args.img_range > 0:
         raise UserError(f"--img-range must be above 0, not {args.img_range:g}")
-    if output.is_dir():
-        raise UserError(f"{output} is a folder that exists already; choose another name")
-    if output.exists() and not args.overwrite:
-        raise UserError(f"{output} exists; --overwrite replaces it, or choose another name")
+    if output.is_dir() or output.exists() and not args.overwrite:
+        raise UserError(f"{output} exists; --overwrite replaces files only; choose another name")
     if not output.absolute().parent.is_dir():
         raise UserError(f"cannot write {output}: no such folder {output.parent}")
     need(f"writing {form}", *FORMS.get(form, []))
@@ -83,7 +81,9 @@ def run(args: argparse.Namespace) -> None:
     if args.img_range is not None:
         if not isinstance(network, MLRN):
             raise UserError(f"--img-range is for MLRN, not for {type(network).__name__}")
-        network, network_g = _converted(network, {**network_g, "img_range": args.img_range})
+        trained, network_g = network, {**network_g, "img_range": args.img_range}
+        network = MLRN(**{key: value for key, value in network_g.items() if key != "type"})
+        inherit(network.eval().requires_grad_(False), trained.state_dict(), trained.img_range)
     try:
         with atomic_write(output) as part:
             if args.ntire is not None:
@@ -104,14 +104,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
     else:
         print(f"wrote {output}; {output / 'select_model.txt'} goes into test_demo.py")
-
-
-def _converted(trained: MLRN, network_g: dict[str, Any]) -> tuple[MLRN, dict[str, Any]]:
-    """The same function by an MLRN of another image range."""
-    network = MLRN(**{key: value for key, value in network_g.items() if key != "type"})
-    network.eval().requires_grad_(False)
-    inherit(network, trained.state_dict(), trained.img_range)
-    return network, network_g
 
 
 def _write_onnx(network: nn.Module, network_g: dict[str, Any], opset: int, file: Path) -> str:

@@ -26,13 +26,10 @@ def run(args: argparse.Namespace) -> None:
     schema = shipped.options_folder() / "schema.json"
     if args.schema:
         print(schema.read_text(encoding="utf-8"), end="")
-        return
-    if args.name:
+    elif args.name:
         text = shipped.option_file(shipped.PREFIX + args.name).read_text(encoding="utf-8")
         print(re.sub(r"(?<=\$schema=)[./]*schema\.json", schema.as_posix(), text, count=1), end="")
-        return
-    for name, path in shipped.option_files().items():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        comments = (line[1:].strip() for line in lines if line.startswith("#"))
-        title = next(text for text in comments if not text.startswith("yaml-language-server"))
-        print(f"{name:44} {title}")
+    else:
+        for name, path in shipped.option_files().items():
+            _, title, *_ = path.read_text(encoding="utf-8").splitlines()  # behind the schema's line
+            print(f"{name:44} {title.removeprefix('# ')}")

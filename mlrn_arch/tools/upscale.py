@@ -3,8 +3,6 @@
 PNG, JPEG, WebP, BMP and TIFF keep their format; other images become PNG. 16 bits stay 16, grey
 stays grey, transparency is upscaled, the orientation is applied, colour profile and EXIF are kept.
 Inputs are never changed, and existing outputs are kept.
-
-Large images are cut into overlapping tiles. The free memory decides their size.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import mimetypes
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +34,7 @@ FORMATS = ("png", "jpg", "webp", "bmp", "tiff")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mlrn upscale` on `parser`."""
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="image, folder of images or quoted pattern")
-    add("-i", "--input", action="append", default=[], metavar="INPUT", help="the same")
+    add("inputs", nargs="+", metavar="INPUT", help="image, folder of images or quoted pattern")
     add("-r", "--recursive", action="store_true", help="sub-folders too, which -o then has as well")
     default = Path("upscaled")
     add("-o", "--output", type=Path, default=default, help="folder, or for one input a file")
@@ -74,18 +70,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--quality must be from 1 to 100, not {args.quality}")
     if args.network and args.scale:
         raise UserError("--scale is for the shipped networks; leave it out with --network")
-    if not args.inputs + args.input:
-        raise UserError("name an image, a folder or a quoted pattern to upscale")
-    inputs, faults = _find(args.inputs + args.input, args.recursive, args.output.resolve())
+    inputs, faults = _find(args.inputs, args.recursive, args.output.resolve())
     if not inputs:
         raise UserError("; ".join(faults))
     since = time.monotonic()
     pixels = {path: image_files.size(path) for path in inputs}
     few = sum(pixels.values()) * (8 if args.self_ensemble else 1) < FEW_PIXELS
-    names = ("scale", "weights", "device", "precision", "tile", "self_ensemble")
-    options = {name: getattr(args, name) for name in names}
     backend = args.backend or ("torch" if few else None)
-    upscaler = Upscaler(args.network, backend=backend, **options)
+    names = ("scale", "weights", "device", "precision", "tile", "self_ensemble")
+    upscaler = Upscaler(args.network, backend=backend, **{n: getattr(args, n) for n in names})
     jobs, clashes = _outputs(inputs, args, upscaler.scale)
     for fault in faults + clashes:
         print(f"mlrn upscale: {fault}", file=sys.stderr)
@@ -94,19 +87,20 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=total, unit="pixel", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         for path, output in jobs.items():
             bar.set_description(path.name)
-            advance, notes = functools.partial(_advance, bar, bar.n, pixels[path]), []
+            upscaler.progress = functools.partial(_advance, bar, bar.n, pixels[path])
+            notes: list[str] = []
             try:
                 if output.exists() and not args.overwrite:
                     existing += 1
                 else:
-                    notes = _upscale(upscaler, path, output, args.quality, advance)
+                    notes = _upscale(upscaler, path, output, args.quality)
                     done += 1
             except (BadImage, MemoryError, RuntimeError) as error:  # torch's lack of memory is one
                 notes = [first_line(error)]
                 failed += 1
             if notes:
                 bar.write(f"mlrn upscale: {path}: {'; '.join(notes)}", file=sys.stderr)
-            advance(1)
+            upscaler.progress(1)
     kept = f", {existing} already there (--overwrite replaces them, another -o keeps them)"
     by = args.weights or args.network or f"mlrn://x{upscaler.scale}"
     by += f" on {upscaler.backend}" if upscaler.backend else ""
@@ -153,30 +147,26 @@ def _find(
 def _outputs(
     inputs: dict[Path, Path | None], args: argparse.Namespace, scale: int
 ) -> tuple[dict[Path, Path], list[str]]:
-    """The output of each input, its folder made, and the reasons why inputs have none."""
-    ending, is_file = args.output.suffix.lower(), False
-    if not args.output.is_dir():
-        is_file = ending in image_files.FORMATS
-        if not is_file and (mimetypes.guess_type(args.output)[0] or "").startswith("image/"):
+    """The output of each input, and the reasons why inputs have none."""
+    ending, kinds = args.output.suffix.lower(), image_files.FORMATS
+    is_file = ending in kinds and not args.output.is_dir()
+    if not is_file and not args.output.is_dir():
+        if (mimetypes.guess_type(args.output)[0] or "").startswith("image/"):
             raise UserError(f"-o {args.output}: {ending} is not written; use {', '.join(FORMATS)}")
     if is_file and len(inputs) > 1:
         raise UserError(f"{args.output} is one file for {len(inputs)} inputs; name a folder")
-    kinds = image_files.FORMATS
     if is_file and args.format and kinds[f".{args.format}"] != kinds[ending]:
         raise UserError(f"--format {args.format} and -o {args.output} contradict each other")
     outputs = {}
     for path, folder in inputs.items():
-        suffix = path.suffix if path.suffix.lower() in image_files.FORMATS else ".png"
+        suffix = path.suffix if path.suffix.lower() in kinds else ".png"
         suffix = f".{args.format}" if args.format else suffix
         output = args.output / (folder or "") / f"{path.stem}_x{scale}{suffix}"
         outputs[path] = args.output if is_file else output
     made = Counter(output.resolve() for output in outputs.values())
     for path, folder in inputs.items():
-        if (
-            folder is not None
-            and path.resolve() in made
-            and path.resolve() != outputs[path].resolve()
-        ):
+        here = path.resolve()
+        if folder is not None and here in made and here != outputs[path].resolve():
             made[outputs.pop(path).resolve()] -= 1  # an earlier output, beside its input
     originals, faults = {path.resolve() for path in outputs}, []
     for path, output in list(outputs.items()):
@@ -184,17 +174,10 @@ def _outputs(
             what = "an input" if output.resolve() in originals else "the output of another input"
             faults.append(f"{path}: {output} would be {what} as well; use another -o")
             del outputs[path]
-    for folder in {output.parent for output in outputs.values()}:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
     return outputs, faults
 
 
-def _upscale(
-    upscaler: Upscaler, path: Path, output: Path, quality: int, progress: Callable[[float], object]
-) -> list[str]:
+def _upscale(upscaler: Upscaler, path: Path, output: Path, quality: int) -> list[str]:
     """Upscale one file; returns what of it is not in the output."""
     picture = image_files.read(path)
     height, width, channels = picture.array.shape
@@ -208,6 +191,6 @@ def _upscale(
             f"{free / 1e9:.1f} GB are free; cut it into parts"
         )
     image = torch.from_numpy(np.require(picture.array, requirements="W"))
-    bands = (quantise(band, dtype) for band in upscaler.bands(image, progress))
+    bands = (quantise(band, dtype) for band in upscaler.bands(image))
     image_files.write(output, bands, shape, picture, quality)
     return picture.notes

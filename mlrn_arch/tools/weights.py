@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> None:
         for dataset, score in entry["scores"].items():
             lines.append(f"{dataset:6} {score['PSNR']:.2f} / {score['SSIM']:.4f}")
             if paper := entry["paper"].get(dataset):
-                lines[-1] += f"   paper {paper['PSNR']:.2f} / {paper['SSIM']:.4f}   difference "
-                lines[-1] += f"{score['PSNR'] - paper['PSNR']:+.2f} / "
-                lines[-1] += f"{score['SSIM'] - paper['SSIM']:+.4f}"
+                psnr, ssim = (score[name] - paper[name] for name in ("PSNR", "SSIM"))
+                lines[-1] += f"   paper {paper['PSNR']:.2f} / {paper['SSIM']:.4f}"
+                lines[-1] += f"   difference {psnr:+.2f} / {ssim:+.4f}"
         lines += [entry["inherited"]] * ("inherited" in entry)
         lines += [f"licence {entry['licence']}", f"file    {entry['file']}"]
         name = f"{shipped.PREFIX}{entry['name'].removeprefix('MLRN_')}"
