@@ -84,20 +84,16 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
     args.opt = str(shipped.option_file(args.opt))
     opt = load_yaml(args.opt)
     _add_sections(opt, is_train)
-    if faults := _force(opt, args.force_yml):
-        raise _refusal(args.opt, faults)
+    _refuse(args.opt, _force(opt, args.force_yml))
     _add_sections(opt, is_train)  # `--force_yml path=none` removes one
-    found = schema.complete(opt, checks.bases, is_train)
-    if found.faults:  # nothing else can be checked
-        raise _refusal(args.opt, found.faults + found.unread)
+    faults, unread, notes = schema.complete(opt, checks.bases, is_train)
+    _refuse(args.opt, faults and faults + unread)
 
     opt |= {"root_path": os.getcwd(), "is_train": is_train, "auto_resume": args.auto_resume}
     if args.debug and not opt["name"].startswith("debug"):
         opt["name"] = "debug_" + opt["name"]
-    notes = found.notes + _set_paths(opt)
-    if faults := [*found.unread, *checks.check(opt)]:
-        raise _refusal(args.opt, faults)
-
+    notes += _set_paths(opt)
+    _refuse(args.opt, [*unread, *checks.check(opt)])
     notes += _adapt(opt, args.launcher)
     _init_distributed(opt, args.launcher)
     if opt.get("manual_seed") is None:  # a resume takes the seed of its training state instead
@@ -127,10 +123,11 @@ def _test_of(text: str) -> tuple[str, list[str]]:
     return file, own + forced
 
 
-def _refusal(path: str, faults: list[str]) -> UserError:
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    listed = "".join(f"\n  - {fault}" for fault in faults)
-    return UserError(f"{path} has {count}, nothing was started:{listed}")
+def _refuse(path: str, faults: list[str]) -> None:
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        listed = "".join(f"\n  - {fault}" for fault in faults)
+        raise UserError(f"{path} has {count}, nothing was started:{listed}")
 
 
 def _add_sections(opt: Options, is_train: bool) -> None:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlrn_arch.shipped import options_folder
 
@@ -61,22 +61,17 @@ def defaults(*place: str) -> Options:
     return {key: option["default"] for (key,), option in options.items() if "default" in option}
 
 
-class Result(NamedTuple):
-    """What `complete` found, a sentence each."""
-
-    faults: list[str]  # without which nothing else can be checked
-    unread: list[str]  # keys that nothing reads
-    notes: list[str]  # the same, of keys that are no mistake
-
-
-def complete(opt: Options, bases: Callable[[Any], Collection[str]], training: bool) -> Result:
+def complete(
+    opt: Options, bases: Callable[[Any], Collection[str]], training: bool
+) -> tuple[list[str], list[str], list[str]]:
     """Check options; fill in their defaults and take out keys without a value, in place.
 
     A model or dataset class that the schema does not name may read any key. `bases` gives the names
-    of a model's class and of its base classes.
+    of a model's class and of its base classes. Returns sentences: faults, which hinder any other
+    check; keys that nothing reads; and such keys that are no mistake.
     """
     if odd := list(_odd_keys(opt)):
-        return Result(odd, [], [])
+        return odd, [], []
     models = json_schema()["if"]["properties"]["model_type"]["enum"]
     model_type = opt.get("model_type")
     known, readers = model_type in models, bases(model_type) or models
@@ -113,9 +108,11 @@ def complete(opt: Options, bases: Callable[[Any], Collection[str]], training: bo
     for place, section, option in _options(opt):
         if "default" in option and option.get("model") in (None, *readers):
             section.setdefault(place[-1], option["default"])
-    return Result(
-        *([f"{':'.join(k)}: {v}" for k, v in found.items()] for found in (faults, unread, notes))
-    )
+
+    def sentences(found: dict[Place, str]) -> list[str]:
+        return [f"{':'.join(place)}: {text}" for place, text in found.items()]
+
+    return sentences(faults), sentences(unread), sentences(notes)
 
 
 def _tidy(opt: Options, readers: Collection[str], known: bool) -> dict[Place, str]:

@@ -89,8 +89,8 @@ def complete(text: str, changes: dict | None = None) -> tuple[dict, list[str], l
         for name in sections:
             section = section.setdefault(name, {})
         section[key] = value
-    found = schema.complete(opt, checks.bases, training=True)
-    return opt, found.faults + found.unread, found.notes
+    faults, unread, notes = schema.complete(opt, checks.bases, training=True)
+    return opt, faults + unread, notes
 
 
 def test_the_schema_is_json_schema():
