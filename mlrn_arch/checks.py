@@ -18,9 +18,9 @@ from mlrn_arch import checkpoints, networks
 from mlrn_arch.compat import newest_states
 from mlrn_arch.dataset_checks import absent_sets, check_paired, check_root
 from mlrn_arch.errors import UserError, unknown
-from mlrn_arch.inherit import inherit_weights, too_fast
+from mlrn_arch.inherit import check_rate, inherit_weights
 from mlrn_arch.machine import missing
-from mlrn_arch.models.distill_model import load_teacher, misfit
+from mlrn_arch.models.distill_model import check_blocks, load_teacher
 from mlrn_arch.models.fast_sr_model import FastSRModel
 from mlrn_arch.models.muon import Muon
 from mlrn_arch.networks import Options, check_call, registered
@@ -144,12 +144,10 @@ def _check_checkpoint(
         return
     try:
         checkpoints.load(network, path, *how, arguments, convert=not resumed)
+        if opt["is_train"] and key == "network_g" and not resumed:
+            check_rate(network, opt["train"]["optim_g"]["lr"])
     except UserError as error:
         yield f"{where}: {error}"
-        return
-    if opt["is_train"] and key == "network_g" and not resumed:
-        if fault := too_fast(network, opt["train"]["optim_g"]["lr"]):
-            yield f"{where}: {fault}"
 
 
 def _check_inherited(opt: Options, network: torch.nn.Module) -> Iterator[str]:
@@ -159,8 +157,7 @@ def _check_inherited(opt: Options, network: torch.nn.Module) -> Iterator[str]:
     elif path:
         try:
             inherit_weights(network, path)
-            if fault := too_fast(network, opt["train"]["optim_g"]["lr"]):
-                yield f"train:inherit_network_g: {fault}"
+            check_rate(network, opt["train"]["optim_g"]["lr"])
         except UserError as error:
             yield f"train:inherit_network_g: {error}"
 
@@ -172,14 +169,15 @@ def _check_teacher(opt: Options, student: torch.nn.Module) -> Iterator[str]:
     elif distill is None:
         yield "train:distill_opt: is missing; write distill_opt: {stage: blocks}"
     else:
+        where, by_blocks = "path:pretrain_network_t", distill["stage"] != "output"
         try:
             teacher = load_teacher(opt)
+            where = "train:distill_opt:stage"
+            if by_blocks:
+                check_blocks(student, teacher)
         except UserError as error:
-            yield f"path:pretrain_network_t: {error}"
-            return
-        if fault := misfit(student, teacher, distill):
-            yield f"train:distill_opt:{fault}"
-        if opt["train"]["compile"] and distill["stage"] != "output":
+            yield f"{where}: {error}"
+        if opt["train"]["compile"] and by_blocks:
             yield "train:compile: needs stage: output; a compiled network hides its blocks"
 
 

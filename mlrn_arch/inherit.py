@@ -30,21 +30,21 @@ def inherit_weights(network: nn.Module, path: str) -> None:
         raise UserError(f"{path}: {error}") from None
 
 
-def too_fast(network: nn.Module, lr: float) -> str | None:
-    """Why training would destroy the weights of an MLRN, or None.
+def check_rate(network: nn.Module, lr: float) -> None:
+    """Raise `UserError` if training would destroy the weights of an MLRN.
 
     A step of Adam changes each weight by about `lr`. In image range 1 the last layer's weights are
     255 times smaller than in range 255, and often smaller than `lr`.
     """
     if not isinstance(network, MLRN):
-        return None
+        return
     size = float(next(network.upsampler.parameters()).detach().square().mean().sqrt())
     if lr <= LARGEST_STEP * size:
-        return None
+        return
     way = f"lower train:optim_g:lr to {LARGEST_STEP * size:.0e}"
     if network.img_range < 255:
         way = f"set network_g:img_range=255, or use options/finetune_MLRN_x{network.upscale}.yml"
-    return (
+    raise UserError(
         f"the last layer's weights are about {size:.1e}, and each step changes them by up to "
         f"train:optim_g:lr {lr:g}, which destroys the network; {way}"
     )

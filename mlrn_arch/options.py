@@ -51,7 +51,7 @@ def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namesp
     add("--auto_resume", action="store_true", help=text)
     add("--debug", action="store_true", help=hidden or "log each step; validate and save every 8")
     if is_train:
-        text = "then save, and end with exit code 75: not finished (FastSRModel and DistillModel)"
+        text = "save after this time, exit with code 75: not finished (FastSRModel, DistillModel)"
         add("--time_limit", type=float, metavar="MINUTES", help=text)
     add("--local_rank", "--local-rank", type=int, default=0, help="set by torch's launchers")
     text = "change options of the file, e.g. train:total_iter=300 network_g:num_block=4"

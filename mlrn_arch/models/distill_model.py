@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mlrn_arch import schema, sources
 from mlrn_arch.archs.mlrn_arch import MLRN
 from mlrn_arch.archs.rlfn_arch import RLFN
+from mlrn_arch.errors import UserError
 from mlrn_arch.models.fast_sr_model import FastSRModel
 
 # Weight of the blocks' errors in each stage, if the option file gives none.
@@ -111,29 +112,23 @@ def _recorded(modules: list[nn.Module], forced: list[Tensor] | None = None) -> I
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of an MLRN or RLFN, each from features to features; else `ValueError`."""
+    """The blocks of an MLRN or RLFN, each from features to features; else `UserError`."""
     if isinstance(network, MLRN):
         return list(network.body)
     if isinstance(network, RLFN):
         return [network.get_submodule(f"block_{i}") for i in range(1, network.num_block + 1)]
-    raise ValueError(f"{type(network).__name__} has no blocks that correspond to MLRN's")
+    name = type(network).__name__
+    raise UserError(f"{name} has no blocks like MLRN's; stage: output takes any network")
 
 
-def misfit(student: nn.Module, teacher: nn.Module, opt: dict[str, Any]) -> str | None:
-    """Why a student cannot learn from a teacher as `train:distill_opt` says, or None."""
-    stage = opt["stage"]
-    if stage == "output":
-        return None
-    try:
-        own, others = blocks(student), blocks(teacher)
-    except ValueError as error:
-        return f"stage {stage}: {error}; stage: output takes any teacher"
+def check_blocks(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise `UserError` if a student's blocks cannot learn from its teacher's."""
+    own, others = blocks(student), blocks(teacher)
     width, teacher_width = (
         parts[0].get_parameter("esa.conv4.weight").shape[0] for parts in (own, others)
     )
     if len(own) != len(others) or width < teacher_width:
-        return (
-            f"stage {stage}: the student has {len(own)} blocks of {width} features, the teacher "
-            f"{len(others)} of {teacher_width}; blocks must correspond, features suffice"
+        raise UserError(
+            f"the student has {len(own)} blocks of {width} features, the teacher {len(others)} of "
+            f"{teacher_width}; it needs as many blocks, and no fewer features"
         )
-    return None
