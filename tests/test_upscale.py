@@ -254,7 +254,8 @@ def test_tiles_count_the_memory_that_torch_can_give_back(monkeypatch):
     sides = []
     for reserved in (2**20, 2**33):
         monkeypatch.setattr(cuda, "memory_reserved", lambda device, n=reserved: n)
-        sides.append(tiles.choose((4000, 4000, 3), 4, 1, 1e3, torch.device("cuda")))
+        image = torch.empty(4000, 4000, 3, dtype=torch.uint8, device="meta")
+        sides.append(tiles.choose(image, 4, 1e3, torch.device("cuda")))
     assert sides == [tiles.SMALLEST, tiles.LARGEST]
 
 
@@ -850,9 +851,9 @@ def test_a_scale_stands_for_its_shipped_weights(network, option_file):
         )
     assert Upscaler().scale == 4 and Upscaler(network, scale=2).scale == 2
     for model in (network, option_file):
-        with pytest.raises(UserError, match="is an x2 one, not x3"):
+        with pytest.raises(UserError, match="scale must be 2, as of this network, not 3"):
             Upscaler(model, scale=3)
-    with pytest.raises(UserError, match="scale must be an integer, not '4'"):
+    with pytest.raises(UserError, match="scale must be 4, as of this network, not '4'"):
         Upscaler(scale="4")
     with pytest.raises(UserError, match="is named 'x5'"):
         Upscaler(scale=5)

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from mlrn_arch.archs.esa import ESA
 from mlrn_arch.errors import UserError, first_line, unknown
 from mlrn_arch.machine import DTYPES, missing, need
 from mlrn_arch.networks import input_channels
-
-if TYPE_CHECKING:
-    import onnx
 
 # Fastest first, as measured on CPUs.
 PACKAGES = {
@@ -245,8 +242,8 @@ class Uint8(nn.Module):
         return (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def to_onnx(network: nn.Module, opset: int = OPSET) -> onnx.ModelProto:
-    """Export a network or a `Uint8`, on the CPU, to ONNX of any batch, height and width."""
+def to_onnx(network: nn.Module, opset: int = OPSET) -> Any:
+    """Export a network or a `Uint8`, on the CPU, to a ModelProto of any batch, height and width."""
     need("exporting to ONNX", "onnx", "onnxscript")
     network = copy.deepcopy(network)
     for module in network.modules():

@@ -17,7 +17,6 @@ peak MiB     weights, input, and the most that the tensors of a forward pass tak
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -43,27 +42,20 @@ class _Tally(TorchDispatchMode):
 
     def __init__(self, held: Sequence[Tensor]) -> None:
         super().__init__()
-        self.activations = self.convolutions = self.alive = self.peak = 0
-        self._storages = WeakIdKeyDictionary()
-        for tensor in held:
-            self._add(tensor)
+        self.activations = self.convolutions = self.peak = 0
+        self.alive = WeakIdKeyDictionary()  # bytes by storage
+        self._add(held)
 
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()  # views and in-place results share one
-        if storage not in self._storages:
-            self._storages[storage] = True
-            self.alive += storage.nbytes()
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._drop, storage.nbytes())
-
-    def _drop(self, size: int) -> None:
-        self.alive -= size
+    def _add(self, tensors: Sequence[Any]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()  # views and in-place results share one
+                self.alive[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self.alive.values()))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor)
+        self._add(tree_leaves(result))
         if func in CONVOLUTIONS:
             self.activations += result.numel()
             self.convolutions += 1
@@ -102,11 +94,10 @@ def count(
 def _count_on(network: nn.Module, x: Tensor) -> tuple[dict[str, int], tuple[int, ...]]:
     """The counts of a pass on x's device, and the size of what it returns."""
     network = copy.deepcopy(network).to(x.device, x.dtype)
-    extra = 0
+    extra: list[int] = []
 
     def add_extra(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        nonlocal extra
-        extra += output.numel() * (2 if getattr(module, "affine", False) else 1)
+        extra.append(output.numel() * (2 if getattr(module, "affine", False) else 1))
 
     for module in network.modules():
         if isinstance(module, (*RELU_LIKE, nn.BatchNorm2d)):
@@ -121,7 +112,7 @@ def _count_on(network: nn.Module, x: Tensor) -> tuple[dict[str, int], tuple[int,
     counts = {
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "mult_adds": mult_adds,
-        "flops": mult_adds + extra,
+        "flops": mult_adds + sum(extra),
         "activations": tally.activations,
         "convolutions": tally.convolutions,
         "peak_bytes": tally.peak,

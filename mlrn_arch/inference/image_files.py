@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import tifffile
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from mlrn_arch.errors import first_line
 from mlrn_arch.files import atomic_write
@@ -76,7 +76,7 @@ def read(path: Path) -> Picture:
         raise BadImage(getattr(error, "strerror", None) or reason) from error
 
 
-def _read(path: Path, image: Image.Image) -> Picture:
+def _read(path: Path, image: ImageFile.ImageFile) -> Picture:
     layout, tags = str(image.tile), getattr(image, "tag_v2", {})  # loading empties the former
     mode, notes = image.mode.split(";")[0], []
     grey = mode in ("1", "L", "LA", "La", "I") or "LA;16" in layout
@@ -93,7 +93,7 @@ def _read(path: Path, image: Image.Image) -> Picture:
         if deep:
             notes.append("16-bit CMYK is read at 8 bits")
         wanted = ("L" if grey else "RGB") + "A" * image.has_transparency_data
-        colours = image
+        colours: Image.Image = image
         if mode == "CMYK" and "icc_profile" in image.info:  # which says nothing of RGB
             with contextlib.suppress(ImageCms.PyCMSError):
                 profiles = io.BytesIO(image.info["icc_profile"]), ImageCms.createProfile("sRGB")
@@ -175,8 +175,7 @@ def write(
     kind, y = FORMATS[path.suffix.lower()], 0
     height, width, channels = shape
     if max(height, width) > LONGEST.get(kind, 2**31 - 1):
-        most = f"{kind} can hold ({LONGEST[kind]} pixels a side)"
-        raise BadImage(f"{width}x{height} is more than {most}; use --format png")
+        raise BadImage(f"{width}x{height} is more than {kind} can hold; use --format png")
     if channels in (2, 4) and kind in ("JPEG", "BMP"):
         raise BadImage(f"it has transparency, which {kind} cannot hold; use --format png")
     try:
@@ -197,8 +196,7 @@ def write(
                     y += len(band)
                 image.save(part, kind, **_options(kind, math.prod(shape) > 4e9, picture, quality))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadImage(f"cannot write {path}: {reason}") from None
+        raise BadImage(f"cannot write {path}: {getattr(error, 'strerror', 0) or error}") from None
 
 
 def dtype(path: Path, picture: Picture) -> np.dtype:

@@ -39,19 +39,17 @@ def weights(starts: list[int], length: int, scale: int, device: torch.device) ->
     return shares
 
 
-def choose(
-    shape: tuple[int, int, int], scale: int, item: int, pixel: float, device: torch.device
-) -> int:
+def choose(image: Tensor, scale: int, pixel: float, device: torch.device) -> int:
     """The longest side of a tile that needs no more than half of what the output leaves.
 
-    `item` are the bytes of a value of the output, `pixel` those that an input pixel needs inside.
+    `image` is (h, w, c); the network needs `pixel` bytes for one of its pixels.
     """
-    height, width, channels = shape
+    height, width, channels = image.shape
     if device.type == "cuda":  # what torch's cache can give back is free, too
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + cached
     else:
-        free = free_memory() - height * width * scale**2 * max(4, channels * item)
+        free = free_memory() - height * width * scale**2 * max(4, channels * image.element_size())
     row = 6 * width * channels * scale**2  # float32, and a half more to round them
     side = LARGEST
     while side > SMALLEST and 2 * (side * side * pixel + side * row) > free:

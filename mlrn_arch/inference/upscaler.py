@@ -29,7 +29,7 @@ Place = tuple[tuple[int, int], tuple[int, int]]  # start and side of the image, 
 
 
 class Upscaler:
-    """Super-resolve images of any size in memory.
+    """Super-resolve images of any size in memory; `UserError` if a model cannot be used.
 
     Args:
         model: A network as `mlrn_arch.sources.FORMS` lists them, such as `x4`; or an `nn.Module`,
@@ -42,7 +42,6 @@ class Upscaler:
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         tile: Longest side of a tile in input pixels, at least 192 (default: by the free memory).
         self_ensemble: Average over the 8 flips and rotations, in about 8 times the time.
-    `UserError` says why a model cannot be used.
     """
 
     def __init__(
@@ -57,8 +56,6 @@ class Upscaler:
         tile: int | None = None,
         self_ensemble: bool = False,
     ) -> None:
-        if not isinstance(scale, int | None):
-            raise UserError(f"scale must be an integer, not {scale!r}")
         if tile is not None and tile < tiles.SMALLEST:
             raise UserError(f"a tile must be at least {tiles.SMALLEST} pixels, not {tile}")
         self._device = backends.device_of(backend, device)
@@ -71,10 +68,10 @@ class Upscaler:
             self.network, _ = sources.load(*names)
         self.channels, self.scale = _probe(self.network)
         if scale not in (None, self.scale):
-            raise UserError(f"this network is an x{self.scale} one, not x{scale}")
+            raise UserError(f"scale must be {self.scale}, as of this network, not {scale!r}")
         self.tile, self.self_ensemble = tile, self_ensemble
         # Called after every tile with the share of the image that is done.
-        self.progress: Callable[[float], object] = lambda share: None
+        self.progress: Callable[..., object] = lambda share: None
         # Bytes an input pixel: what one pass holds, and as much again for a back end's own needs.
         shape = (1, self.channels, tiles.SMALLEST, tiles.SMALLEST)
         self._bytes = 2 * count(self.network, shape, self.scale)["peak_bytes"] / tiles.SMALLEST**2
@@ -132,10 +129,7 @@ class Upscaler:
                 i = torch.arange(MIN_SIZE, device=image.device) % (2 * side)
                 image = image.index_select(dim, torch.minimum(i, 2 * side - 1 - i))
         # Here, not in the generator: before its caller allocates the output.
-        height, width, channels = image.shape
-        tile = self.tile or tiles.choose(
-            (height, width, channels), self.scale, image.element_size(), self._bytes, self._device
-        )
+        tile = self.tile or tiles.choose(image, self.scale, self._bytes, self._device)
         return self._bands(image, size, tile)
 
     @torch.no_grad()
@@ -229,11 +223,10 @@ class Upscaler:
         if on_tile not in self._runs:  # it takes seconds, and most images need one of the two
             self._runs[on_tile] = self._load(OnTile(self.network) if on_tile else self.network)
         if place is not None:
-            shifts = [
-                OnTile.shifts(start, length, side)
-                for (start, side), length in zip(place, x.shape[-2:], strict=True)
-            ]
-            planes = torch.stack(torch.meshgrid(*shifts, indexing="ij"))[None]
+            (top, height), (left, width) = place
+            down = OnTile.shifts(top, x.shape[-2], height)
+            across = OnTile.shifts(left, x.shape[-1], width)
+            planes = torch.stack(torch.meshgrid(down, across, indexing="ij"))[None]
             x = torch.cat([x, planes.to(x.device)], dim=1)
         return self._runs[on_tile](x.contiguous())
 

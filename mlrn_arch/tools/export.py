@@ -32,11 +32,8 @@ from mlrn_arch.inherit import inherit
 from mlrn_arch.machine import need
 from mlrn_arch.version import __version__
 
-FORMS = {  # and the packages that each needs
-    ".onnx": ["onnx", "onnxscript", "onnxruntime"],
-    ".safetensors": ["safetensors"],
-    ".pth": [],
-}
+# And the packages that each needs.
+FORMS = {".onnx": backends.PACKAGES["onnxruntime"], ".safetensors": ["safetensors"], ".pth": []}
 # Odd, below ESA's 15 pixels, long and narrow, and sizes that every network takes.
 SHAPES = ((1, 23, 37), (3, 31, 22), (2, 16, 49), (1, 9, 14), (1, 300, 20), (1, 48, 64), (2, 64, 32))
 

@@ -8,7 +8,6 @@ Inputs are never changed, and existing outputs are kept.
 from __future__ import annotations
 
 import argparse
-import functools
 import glob
 import mimetypes
 import sys
@@ -87,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=total, unit="pixel", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         for path, output in jobs.items():
             bar.set_description(path.name)
-            upscaler.progress = functools.partial(_advance, bar, bar.n, pixels[path])
+            upscaler.progress = lambda share, start=bar.n, n=pixels[path]: bar.update(
+                start + n * share - bar.n
+            )
             notes: list[str] = []
             try:
                 if output.exists() and not args.overwrite:
@@ -109,10 +110,6 @@ def run(args: argparse.Namespace) -> int:
         f"{args.output}, x{upscaler.scale} by {by}, {time.monotonic() - since:.1f} s"
     )
     return 2 if not done + existing else 1 if failed else 0
-
-
-def _advance(bar: tqdm, start: int, pixels: int, share: float) -> None:
-    bar.update(max(0, round(start + pixels * share) - bar.n))
 
 
 def _find(
@@ -184,12 +181,9 @@ def _upscale(upscaler: Upscaler, path: Path, output: Path, quality: int) -> list
     shape = (height * upscaler.scale, width * upscaler.scale, channels)
     dtype = image_files.dtype(output, picture)
     held = 4 if dtype == np.uint8 and channels > 1 else channels * dtype.itemsize
-    need, free = shape[0] * shape[1] * held, free_memory()
-    if need > free:
-        raise BadImage(
-            f"its output of {shape[1]}x{shape[0]} takes {need / 1e9:.1f} GB of memory, "
-            f"{free / 1e9:.1f} GB are free; cut it into parts"
-        )
+    if (need := shape[0] * shape[1] * held) > free_memory():
+        size = f"{shape[1]}x{shape[0]}, {need / 1e9:.1f} GB of memory"
+        raise BadImage(f"its output takes more than is free ({size}); cut it into parts")
     image = torch.from_numpy(np.require(picture.array, requirements="W"))
     bands = (quantise(band, dtype) for band in upscaler.bands(image))
     image_files.write(output, bands, shape, picture, quality)
