@@ -16,8 +16,7 @@ from basicsr.data import build_dataloader as build_stock_dataloader
 from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.data.transforms import augment, paired_random_crop
-from basicsr.utils import FileClient
-from basicsr.utils.file_client import LmdbBackend
+from basicsr.utils.file_client import FileClient, LmdbBackend
 from basicsr.utils.registry import DATASET_REGISTRY
 
 from mlrn_arch.errors import UserError
@@ -87,8 +86,7 @@ class ResumableSampler(EnlargedSampler):
     batch_size = 1  # over all ranks
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator()
-        generator.manual_seed(self.epoch)
+        generator = torch.Generator().manual_seed(self.epoch)
         order = torch.randperm(self.total_size, generator=generator) % len(self.dataset)
         per_epoch = self.total_size // self.batch_size * self.batch_size  # in whole batches
         first = self.epoch * per_epoch
@@ -142,7 +140,7 @@ def build_dataloader(dataset: Any, dataset_opt: dict[str, Any], **kwargs: Any) -
 
 
 def _start_worker(worker_id: int) -> None:
-    # Ctrl-C and batch systems signal every process of a job. The main process answers, and still
-    # needs data to finish its step; it ends its workers itself, and they end when it is gone.
+    # Ctrl-C and batch systems signal every process of a job. The main process answers: it still
+    # needs data to finish its step, and ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

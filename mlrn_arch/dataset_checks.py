@@ -9,11 +9,7 @@ from pathlib import Path
 
 import cv2
 import lmdb
-from basicsr.data.data_util import (
-    paired_paths_from_folder,
-    paired_paths_from_lmdb,
-    paired_paths_from_meta_info_file,
-)
+from basicsr.data import data_util
 from PIL import ExifTags, Image
 
 from mlrn_arch.errors import first_line
@@ -69,14 +65,14 @@ def check_paired(where: str, dataset: Options) -> Iterator[str]:
     template, meta_info = dataset["filename_tmpl"], dataset.get("meta_info_file")
     try:
         if backend == "lmdb":
-            pairs = paired_paths_from_lmdb(roots, keys)
+            pairs = data_util.paired_paths_from_lmdb(roots, keys)
         elif meta_info:
             if not all(line.strip() for line in Path(meta_info).read_text().splitlines()):
                 yield f"{where}:meta_info_file: {meta_info} has an empty line; take it out"
                 return
-            pairs = paired_paths_from_meta_info_file(roots, keys, meta_info, template)
+            pairs = data_util.paired_paths_from_meta_info_file(roots, keys, meta_info, template)
         else:
-            pairs = paired_paths_from_folder(roots, keys, template)
+            pairs = data_util.paired_paths_from_folder(roots, keys, template)
     except (AssertionError, ValueError, OSError) as error:
         hint = f"; filename_tmpl says how lq is named after gt, here {template}"
         yield f"{where}: lq and gt are no pairs: {error}{hint * (backend == 'disk')}"
@@ -91,10 +87,8 @@ def check_paired(where: str, dataset: Options) -> Iterator[str]:
     elif training:
         batch, size = dataset["batch_size_per_gpu"], dataset["gt_size"]
         if len(pairs) * dataset["dataset_enlarge_ratio"] < batch:
-            yield (
-                f"{where}: {len(pairs)} images are less than one batch of {batch}; "
-                "raise dataset_enlarge_ratio"
-            )
+            few = f"{len(pairs)} images are less than one batch of {batch}"
+            yield f"{where}: {few}; raise dataset_enlarge_ratio"
         if backend == "lmdb":
             meta_info = Path(roots[1], "meta_info.txt").read_text()
             least = min(map(int, re.findall(r"(?<=[(,])\d+(?=,)", meta_info)), default=size)

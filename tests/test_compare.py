@@ -282,8 +282,6 @@ def test_bad_input_leaves_the_rest(networks, capsys, paired_data):
         run("MLRN.yml")
     with pytest.raises(UserError, match="there is no option file nothing.yml here"):
         run("nothing.yml")
-    with pytest.raises(UserError, match="known are tiny_val"):
-        run("MLRN.yml:MLRN.pth", "--set", "Set5")
     assert not Path("comparison").exists()
 
     # One image too small for its partner, one unreadable, one without a partner.

@@ -23,7 +23,7 @@ PHOTOS = {
                      "motorcycle_left.png", "rocket.jpg"),
     "photos_test": ("chelsea.png", "coffee.png"),
 }  # fmt: skip
-SKIMAGE = importlib.resources.files("skimage") / "data"
+SKIMAGE = Path(str(importlib.resources.files("skimage"))) / "data"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
     for name, photos in PHOTOS.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for photo in photos:
-            with importlib.resources.as_file(SKIMAGE / photo) as file:
-                shutil.copy2(file, folder / name)
+            shutil.copy2(SKIMAGE / photo, folder / name)
     for name in ("train_demo", "test_demo", "test_bicubic"):
         shutil.copy(shipped.option_files()[f"demo/{name}"], folder)
 

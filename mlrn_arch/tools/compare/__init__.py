@@ -32,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("networks", nargs="+", metavar="NETWORK", help="with weights; see below")
     add("--output", type=Path, default=Path("comparison"), help="folder (default: %(default)s)")
     add("--paper", action="store_true", help="show Table 1's figures and the differences from them")
-    add("--set", metavar="NAME", help="test set of the picture (default: the first)")
     add("--visual", metavar="IMAGE", help="draw the crops of this test image, such as Set14/ppt3")
     add("--crop", type=int, nargs=4, metavar=("X", "Y", "W", "H"), help="crop in the HR image")
     add("--force_yml", **options.FORCE_YML, help="as for `mlrn test`, for all networks")
@@ -93,19 +92,17 @@ def _set_labels(rows: list[scoring.Row]) -> None:
         if len(stems) > 1:
             unique = stems.count(row.checkpoint.stem) == 1
             row.label += f" ({row.checkpoint.stem if unique else row.argument})"
+        row.title = f"{row.label} x{row.opt['scale']}"
 
 
 def _table(rows: list[scoring.Row], args: argparse.Namespace, problems: list[str]) -> bool:
     """Score the networks, print and write the table and its picture; False without any score."""
-    names = dict.fromkeys(name for row in rows for name in row.sets)
-    if args.set not in (None, *names):
-        raise UserError(f"--set {args.set}: no such test set; known are {', '.join(names)}")
     if not scoring.fill(rows, args.output / "cells", problems):
         return False
     where = machine.name_of(torch.device("cuda" if rows[0].opt["num_gpu"] > 0 else "cpu"))
     columns = report.write(rows, args.output, where, args.paper)
-    metric = f"{args.set or columns[len(report.HEADS)][: -len(' PSNR')]} PSNR"
     points = [(row.label, row.opt["scale"], row.values) for row in rows]
+    metric = columns[len(report.HEADS)]  # PSNR of the first set
     if paths := report.draw_tradeoffs(points, metric, where, args.output):
         print("Picture:", *paths)
     return True

@@ -116,11 +116,10 @@ def write(rows: list[Row], folder: Path, where: str, with_paper: bool) -> list[s
 def draw_tradeoffs(
     points: list[tuple[str, int, dict[str, float | None]]], metric: str, machine: str, folder: Path
 ) -> list[Path]:
-    """Draw a metric, such as `Set5 PSNR`, against parameters, mult-adds and time on `machine`.
+    """Draw a metric, such as `Set5 PSNR`, against parameters, mult-adds and time; return the files.
 
-    `points` are name, scale and values of each network; each scale gets a row of panels. A network
-    without a value on an axis (bicubic has no parameters) becomes a dashed line. Returns the files
-    in `folder`: none without two networks with parameters at one scale.
+    `points` are name, scale and values of each network. A scale with two networks that have
+    parameters gets a row of panels, in which networks without a value on an axis are dashed lines.
     """
     from matplotlib.figure import Figure
 
@@ -152,7 +151,7 @@ def draw_tradeoffs(
             axis.set(xlabel=f"{head} {suffix}", ylabel=f"{metric} (dB), x{scale}")
             axis.xaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3, which="both")
-    labels = [textwrap.fill(name, 32) for name in marks]
+    labels = (textwrap.fill(name, 32) for name in marks)
     figure.legend(marks.values(), labels, loc="outside right center", frameon=False)
     figure.suptitle(f"An output of 1280x720; time on {machine}", fontsize=9, color="grey")
     for path in paths:

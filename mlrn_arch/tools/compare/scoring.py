@@ -28,8 +28,6 @@ ROUNDS = 5
 METRICS = {"PSNR": "calculate_psnr", "SSIM": "calculate_ssim"}
 PLACES = "path", "datasets", "root_path", "manual_seed"  # options that change no score
 
-Values = dict[str, "float | None"]
-
 
 @dataclass
 class Row:
@@ -39,8 +37,9 @@ class Row:
     opt: Options
     notes: list[str]  # of its option file
     label: str = ""
+    title: str = ""  # with the scale, for messages
     model: Any = None
-    values: Values = field(default_factory=dict)
+    values: dict[str, float | None] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)  # images without a finite score
 
     @property
@@ -52,11 +51,6 @@ class Row:
     def checkpoint(self) -> Path:
         """The file of the weights; its name is empty if there is none."""
         return Path(self.opt["path"].get("pretrain_network_g") or "")
-
-    @property
-    def title(self) -> str:
-        """Label and scale, for messages."""
-        return f"{self.label} x{self.opt['scale']}"
 
     @property
     def sets(self) -> dict[str, Options]:
@@ -103,8 +97,8 @@ def score_image(model: Any, dataset: Any, index: int) -> dict[str, float]:
     with quiet():  # it warns of images without a score
         model.validation(loader, model.opt["name"], tb_logger=None, save_img=False)
     names = {m["type"]: name for name, m in (model.opt["val"].get("metrics") or {}).items()}
-    found = {column: names[kind] for column, kind in METRICS.items() if kind in names}
-    return {column: float(model.metric_results.get(n, math.nan)) for column, n in found.items()}
+    found = {kind: float(model.metric_results.get(n, math.nan)) for kind, n in names.items()}
+    return {column: found[kind] for column, kind in METRICS.items() if kind in found}
 
 
 def path_of(dataset: Any, index: int) -> Path:

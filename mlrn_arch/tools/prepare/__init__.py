@@ -40,11 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="LR scales to make (default: 2 3 4)")
     add("--name", help="NAME in the LMDBs' names (default: the last part of OUTPUT)")
     add("--crop-size", type=int, default=480,
-        help="side of an HR sub-image in pixels, a multiple of 12, not below the option file's "
-        "gt_size (default: %(default)s)")
+        help="side of HR sub-images, a multiple of 12, at least gt_size (default: %(default)s)")
     add("--step", type=int, default=240,
-        help="distance between sub-images in pixels, a multiple of 12 (default: %(default)s, which "
-        "stores every pixel about four times; 480 takes a quarter of the disk)")
+        help="their distance, a multiple of 12 (default: 240; 480 takes a quarter of the disk)")
     add("--format", choices=("png", "bmp"), default="png",
         help="png is small; bmp needs no decoding and takes more disk (default: %(default)s)")
     add("--teacher", metavar="NETWORK[:CHECKPOINT]",
@@ -68,8 +66,6 @@ Images that cannot be used are listed with the reason, and the exit code is 1.""
 
 def run(args: argparse.Namespace) -> int:
     """Run `mlrn prepare`; returns 0, or 1 if an image was left out."""
-    if args.workers < 1:
-        raise UserError("--workers must be at least 1")
     for option, value in (("--crop-size", args.crop_size), ("--step", args.step)):
         if value < 1 or value % training.MULTIPLE:
             raise UserError(f"{option} must be a multiple of {training.MULTIPLE}, got {value}")

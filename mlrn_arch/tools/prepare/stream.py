@@ -51,8 +51,7 @@ def find(source: Path, output: Path) -> dict[str, Path]:
             raise UserError(f"the name of {path} is too long to be a key; rename it")
         images[key] = path
     if not images:
-        formats = ", ".join(image_files.FORMATS)
-        raise UserError(f"no images ({formats}) in {source} outside of OUTPUT")
+        raise UserError(f"no images ({', '.join(image_files.FORMATS)}) in {source} outside OUTPUT")
     return images
 
 

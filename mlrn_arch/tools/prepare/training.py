@@ -83,11 +83,9 @@ def _plan(args: Namespace, images: dict[str, Path]) -> Plan:
         weights = (tensor.cpu().numpy() for tensor in teacher.network.state_dict().values())
         checksum = functools.reduce(lambda crc, array: zlib.crc32(array, crc), weights, 0)
         plan |= {"teacher": f"{args.teacher} ({checksum:08x})", "shrink": args.shrink}
-    plan["images"] = {}
-    for key, path in images.items():
-        stat = path.stat() if path.exists() else path.lstat()  # a link may lead nowhere
-        plan["images"][key] = [stat.st_size, stat.st_mtime_ns]
-    return plan
+    # A link may lead nowhere.
+    stats = {key: path.stat() if path.exists() else path.lstat() for key, path in images.items()}
+    return plan | {"images": {key: [s.st_size, s.st_mtime_ns] for key, s in stats.items()}}
 
 
 def _check_existing(folder: Path, plan: Plan) -> None:
