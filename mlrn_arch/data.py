@@ -44,10 +44,8 @@ class FastPairedImageDataset(PairedImageDataset):
             pair = (_image(self._value(stack, key, paths[f"{key}_path"])) for key in ("gt", "lq"))
             crops = paired_random_crop(*pair, opt["gt_size"], opt["scale"], paths["gt_path"])
             crops = [np.ascontiguousarray(crop) for crop in crops]  # what was a view of the LMDB
-        gt, lq = (
-            torch.from_numpy(np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1)))
-            for image in augment(crops, opt["use_hflip"], opt["use_rot"])
-        )
+        images = augment(crops, opt["use_hflip"], opt["use_rot"])
+        gt, lq = (torch.from_numpy(i[..., ::-1].transpose(2, 0, 1).copy()) for i in images)
         return {"lq": lq, "gt": gt, **paths}
 
     def _value(self, stack: contextlib.ExitStack, key: str, path: str) -> bytes | memoryview:

@@ -111,7 +111,7 @@ def _table(rows: list[scoring.Row], args: argparse.Namespace, problems: list[str
 def _visual(rows: list[scoring.Row], args: argparse.Namespace, problems: list[str]) -> bool:
     """Draw one crop by every network, with the scores of the whole image; False if by none."""
     x, y, width, height = args.crop
-    scale, original, crops, title = rows[0].opt["scale"], np.empty(0), [], ""
+    scale, crops, title = rows[0].opt["scale"], [], ""
     for row in rows:
         try:
             if row.opt["scale"] != scale:
@@ -136,14 +136,13 @@ def _visual(rows: list[scoring.Row], args: argparse.Namespace, problems: list[st
             continue
         values = " / ".join(report.text_of(metric, value) for metric, value in scores.items())
         crops.append((row.label, values, image[y:bottom, x:right]))
-        original, title = gt, scoring.path_of(dataset, index).stem
-        title = f"{title} ({dataset.opt['name']}), x{scale}"
+        title = f"{scoring.path_of(dataset, index).stem} ({dataset.opt['name']}), x{scale}"
     if not crops:
         return False
-    crops.append(("HR", "PSNR / SSIM", original[y:bottom, x:right]))
+    crops.append(("HR", "PSNR / SSIM", gt[y:bottom, x:right]))
     stem = re.sub(r"\W+", "_", title).strip("_")
     path = args.output / f"visual_{stem}_{x}_{y}_{width}_{height}.png"
-    report.draw_crops(original, title, (x, y, width, height), crops, path)
+    report.draw_crops(gt, title, args.crop, crops, path)
     for label, values, _ in crops[:-1]:
         print(f"{label:28}{values}")
     print("Picture:", path)

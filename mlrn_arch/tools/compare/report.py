@@ -128,6 +128,8 @@ def draw_tradeoffs(
     learned = [scale for _, scale, _, values in scored if values.get("parameters")]
     scales = sorted(scale for scale in set(learned) if learned.count(scale) > 1)
     if not scales:
+        for path in paths:  # of an earlier run
+            path.unlink(missing_ok=True)
         return []
     names = list(dict.fromkeys(name for name, *_ in scored))
     figure = Figure(figsize=(13, 3.9 * len(scales)), layout="constrained")

@@ -85,8 +85,7 @@ def fill(rows: list[Row], folder: Path, problems: list[str]) -> bool:
                 row.values.update({f"{name} {metric}": found.get(metric) for metric in METRICS})
                 for metric, images in found.get("left out", {}).items():
                     row.left_out.append(f"{row.title}, {name}: {metric} is a mean without {images}")
-    scored = any(v is not None for row in rows for key, v in row.values.items() if " " in key)
-    if scored:
+    if scored := any(v is not None for row in rows for k, v in row.values.items() if " " in k):
         _measure([row for row in rows if row.model], problems)
     return scored
 

@@ -48,9 +48,8 @@ def make(args: Namespace, report: stream.Report) -> int:
     if args.teacher and len(lmdbs) > 2:
         raise UserError(f"--teacher makes one scale, but {args.output} has others; give another")
     plan = _plan(args, report.images)
-    if not args.overwrite:
-        for s in existing:
-            _check_existing(lmdbs[s], plan)
+    for s in () if args.overwrite else existing:
+        _check_existing(lmdbs[s], plan)
     if lmdbs.keys() == existing and not args.overwrite:
         print(f"{args.output}: everything is there already, made of these images")
         report.left_out = _read_json(lmdbs[1] / "prepare.json")["left_out"]
