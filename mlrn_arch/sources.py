@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import yaml
 from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
 
 from mlrn_arch import checkpoints
 from mlrn_arch.errors import UserError, first_line
@@ -97,9 +97,7 @@ def find(source: str | None, weights: str | None = None, upscale: int = 4) -> So
     return Source(name, network_g, checkpoint, scale=scale)
 
 
-def load(
-    source: str | Source | None, weights: str | None = None
-) -> tuple[torch.nn.Module, Options]:
+def load(source: str | Source | None, weights: str | None = None) -> tuple[nn.Module, Options]:
     """Build a network, in evaluation mode on the CPU, with its weights; and its `network_g`.
 
     Takes what `find` takes, or what it returned. Prints choices and conversions on stderr. Raises
@@ -117,7 +115,7 @@ def load(
     return network, found.network_g
 
 
-def load_teacher(source: str, upscale: int) -> torch.nn.Module:
+def load_teacher(source: str, upscale: int) -> nn.Module:
     """Load a network for RGB in [0, 1]: one of `FORMS`, or a checkpoint that spandrel knows."""
     try:
         return load(find(source, upscale=upscale))[0]
@@ -137,14 +135,14 @@ def load_teacher(source: str, upscale: int) -> torch.nn.Module:
     return _Described(found).eval().requires_grad_(False)
 
 
-class _Described(torch.nn.Module):
+class _Described(nn.Module):
     """A network of spandrel's, which pads images for it and clamps its output."""
 
     def __init__(self, descriptor: Any) -> None:
         super().__init__()
         self.network, self.descriptor = descriptor.model, descriptor
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.descriptor(x).clone()  # made in inference mode, which no loss can use
 
 
