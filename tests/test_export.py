@@ -197,10 +197,10 @@ def test_another_output_is_refused_and_nan_too(factor):
         (["x5", "out.pth"], "'x5'; there are the networks MLRN_x2"),
         (["nowhere.yml", "out.pth"], "there is no option file nowhere.yml here"),
         (["net.yml", "out.pt"], "out.pt has none of the endings .onnx, .safetensors"),
-        (["net.yml", "net.pth"], "net.pth exists; --overwrite replaces files only"),
+        (["net.yml", "net.pth"], "net.pth exists; choose another name, or --overwrite a file"),
         (
             ["net.yml", "sub", "--ntire", "7", "--overwrite"],
-            "sub exists; --overwrite replaces files only",
+            "sub exists; choose another name, or --overwrite a file",
         ),
         (["net.yml", "nowhere/out.pth"], "no such folder nowhere"),
         (["net.yml", "out.pth", "--uint8"], "--uint8 and --opset are for .onnx"),

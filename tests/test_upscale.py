@@ -690,7 +690,7 @@ def test_what_is_there_is_kept_and_what_is_bad_is_named(run, tmp_path):
 
     output = tmp_path / "large/good_x2.jpg"
     output.write_bytes(b"mine")
-    code, out, _ = run(photos / "good.png", "-o", "large", "--format", "jpg")
+    code, out, _ = run("-i", photos / "good.png", "-o", "large", "--format", "jpg")
     assert code == 0 and "0 upscaled, 1 already there" in out and output.read_bytes() == b"mine"
     code, _, err = run(photos / "good.png", "-o", "large", "--format", "jpg", "--overwrite")
     assert (code, err) == (0, "") and output.read_bytes() != b"mine"

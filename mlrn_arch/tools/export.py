@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if args.img_range is not None and not args.img_range > 0:
         raise UserError(f"--img-range must be above 0, not {args.img_range:g}")
     if output.is_dir() or output.exists() and not args.overwrite:
-        raise UserError(f"{output} exists; --overwrite replaces files only; choose another name")
+        raise UserError(f"{output} exists; choose another name, or --overwrite a file")
     if not output.absolute().parent.is_dir():
         raise UserError(f"cannot write {output}: no such folder {output.parent}")
     need(f"writing {form}", *FORMS.get(form, []))

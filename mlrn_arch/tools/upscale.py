@@ -33,7 +33,8 @@ FORMATS = ("png", "jpg", "webp", "bmp", "tiff")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mlrn upscale` on `parser`."""
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="image, folder of images or quoted pattern")
+    add("inputs", nargs="*", metavar="INPUT", help="image, folder of images or quoted pattern")
+    add("-i", "--input", dest="more", action="append", default=[], metavar="INPUT", help="the same")
     add("-r", "--recursive", action="store_true", help="sub-folders too, which -o then has as well")
     default = Path("upscaled")
     add("-o", "--output", type=Path, default=default, help="folder, or for one input a file")
@@ -69,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--quality must be from 1 to 100, not {args.quality}")
     if args.network and args.scale:
         raise UserError("--scale is for the shipped networks; leave it out with --network")
-    inputs, faults = _find(args.inputs, args.recursive, args.output.resolve())
+    if not args.inputs + args.more:
+        raise UserError("name an image, a folder or a quoted pattern to upscale")
+    inputs, faults = _find(args.inputs + args.more, args.recursive, args.output.resolve())
     if not inputs:
         raise UserError("; ".join(faults))
     since = time.monotonic()
