@@ -8,6 +8,7 @@ import json
 import shlex
 import shutil
 import tempfile
+import time
 import zlib
 from argparse import Namespace
 from collections.abc import Iterable
@@ -22,16 +23,15 @@ import numpy as np
 from mlrn_arch import option_files, plugins, shipped, sources
 from mlrn_arch.dataset_checks import lmdb_fault
 from mlrn_arch.errors import UserError
-from mlrn_arch.files import atomic_write
 from mlrn_arch.inference.image_files import BadImage
 from mlrn_arch.inference.resize import imresize
 from mlrn_arch.inference.upscaler import Upscaler
 from mlrn_arch.tools.prepare import stream
 
 Plan = dict[str, Any]  # what LMDBs are made of: the settings, the images
-Batches = dict[int, dict[bytes, bytes]]  # records by scale and key
+Batches = dict[int, dict[bytes, bytes]]  # records by scale and key; 0: what is done
 MULTIPLE = 12  # divisible by every scale: HR is cropped to it
-_COMMIT_BYTES = 2**26  # what waits in memory, and what a kill can lose
+_COMMIT_BYTES, _COMMIT_SECONDS = 2**26, 2.0  # what waits in memory, what a kill can lose
 _MAP_STEP = 2**28  # bytes: an LMDB's map starts small, for batch systems limit address space
 
 
@@ -111,31 +111,34 @@ def _fill(
     unfinished: Path, lmdbs: dict[int, Path], plan: Plan, args: Namespace, report: stream.Report
 ) -> None:
     """Make the LMDBs in the folder `unfinished`, without the images that are done there."""
-    done_file = unfinished / "done.json"  # by image: its size and time, its number of sub-images
-    before = _read_json(done_file)
-    done = {key: found for key, found in before.items() if found[0] == plan["images"].get(key)}
-    if done:
-        print(f"continuing: {len(done)} of {len(report.images)} images are done")
-    images = {key: path for key, path in report.images.items() if key not in done}
     unfinished.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         environments = {
             s: stack.enter_context(lmdb.open(str(unfinished / folder.name), map_size=_MAP_STEP))
-            for s, folder in lmdbs.items()
+            for s, folder in {**lmdbs, 0: Path("done")}.items()
         }
-        batches: Batches = {s: {} for s in lmdbs}
+        with environments[0].begin() as transaction:
+            before = {bytes(k).decode(): json.loads(bytes(v)) for k, v in transaction.cursor()}
+        # The size and time of each image that is done, and its number of sub-images.
+        done = {key: found for key, found in before.items() if found[0] == plan["images"].get(key)}
+        if done:
+            print(f"continuing: {len(done)} of {len(report.images)} images are done")
+        images = {key: path for key, path in report.images.items() if key not in done}
+        batches: Batches = {s: {} for s in environments}
         work = functools.partial(_cut, args=args, scales=list(lmdbs))
-        size = 0
+        size, last = 0, time.monotonic()
         for key, records in stream.results(work, images, args.workers, report):
             for s, encoded in records.items():
                 batches[s] |= {f"{key}_s{n:03d}".encode(): r for n, r in enumerate(encoded, 1)}
                 size += sum(map(len, encoded))
             done[key] = plan["images"][key], len(records[1])
-            if size > _COMMIT_BYTES:
-                _write(environments, batches, done_file, done)
-                size = 0
-        _write(environments, batches, done_file, done)
-    names = sorted(f"{key}_s{n:03d}" for key, (_, last) in done.items() for n in range(1, last + 1))
+            batches[0][key.encode()] = json.dumps(done[key]).encode()
+            if size > _COMMIT_BYTES or time.monotonic() - last > _COMMIT_SECONDS:
+                _write(environments, batches)
+                size, last = 0, time.monotonic()
+        _write(environments, batches)
+    shutil.rmtree(unfinished / "done")  # from here on LMDBs leave this folder
+    names = sorted(f"{key}_s{n + 1:03d}" for key, (_, count) in done.items() for n in range(count))
     level = 1 if args.format == "png" else 0
     for s, folder in lmdbs.items():
         side = args.crop_size // s
@@ -143,13 +146,10 @@ def _fill(
         (unfinished / folder.name / "meta_info.txt").write_text(meta)
         record = {**plan, "left_out": report.left_out}
         (unfinished / folder.name / "prepare.json").write_text(json.dumps(record))
-    done_file.unlink()  # from here on LMDBs leave this folder
 
 
-def _write(
-    environments: dict[int, lmdb.Environment], batches: Batches, done_file: Path, done: Plan
-) -> None:
-    """Store each batch as a whole, then what is done; the maps grow until they suffice."""
+def _write(environments: dict[int, lmdb.Environment], batches: Batches) -> None:
+    """Store each batch as a whole, what is done last; the maps grow until they suffice."""
     for s, environment in environments.items():
         while batches[s]:
             try:
@@ -158,8 +158,6 @@ def _write(
                 batches[s].clear()
             except lmdb.MapFullError:
                 environment.set_mapsize(environment.info()["map_size"] + _MAP_STEP)
-    with atomic_write(done_file) as part:
-        part.write_text(json.dumps(done))
 
 
 def _cut(
