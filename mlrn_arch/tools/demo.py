@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         shutil.copy(shipped.option_files()[f"demo/{name}"], folder)
 
     _step(folder, "prepare photos_train data --scale 2 --crop-size 240 --step 120", "sub-images")
-    _step(folder, "prepare photos_test data/test --scale 2 --benchmark", "images in")
+    _step(folder, "prepare photos_test data/test --scale 2 --benchmark", " images")
     n = args.iterations
     length = f" --force_yml train:total_iter={n} train:scheduler:periods=[{n}]" if n != 900 else ""
     _step(folder, f"train -opt train_demo.yml{length}", "[demo..]")
