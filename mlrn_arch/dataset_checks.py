@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import lmdb
@@ -112,10 +113,19 @@ def _pair_fault(lq: str, gt: str, scale: int) -> str | None:
         if orientation != 1 and (pixels := cv2.imread(path)) is not None:
             size, note = pixels.shape[1::-1], ", as OpenCV turns them by their EXIF orientation"
         sizes.append(size)
-    if all(low * scale <= high < (low + 1) * scale for low, high in zip(*sizes, strict=True)):
-        return None
-    low, high = (f"{width}x{height}" for width, height in sizes)
-    return f"{lq} is {low} and its gt {high}{note}: that is not x{scale}"
+    if not all(low * scale <= high < (low + 1) * scale for low, high in zip(*sizes, strict=True)):
+        low, high = (f"{width}x{height}" for width, height in sizes)
+        return f"{lq} is {low} and its gt {high}{note}: that is not x{scale}"
+    if note:  # a square image has the same size if EXIF turned only one of the two
+        stored = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        images: Any = [cv2.imread(p, f) for p in (lq, gt) for f in (cv2.IMREAD_COLOR, stored)]
+        errors = []
+        for i, j in (0, 2), (1, 2), (0, 3):
+            shrunk = cv2.resize(images[j], images[i].shape[1::-1], interpolation=cv2.INTER_AREA)
+            errors.append(cv2.absdiff(shrunk, images[i]).mean())
+        if errors[0] > min(errors):
+            return f"{lq} and its gt are turned differently by their EXIF orientation"
+    return None
 
 
 def lmdb_fault(folder: Path) -> str | None:

@@ -154,6 +154,12 @@ def test_pairs_are_compared_as_opencv_turns_them(tmp_path, test_options):
     assert "test_1" not in check(turned, upright.resize((32, 48)))
     assert cv2.imread(str(tmp_path / "gt/a.jpg")).shape == (96, 64, 3)
     assert "is 48x32 and its gt 64x96, as OpenCV turns" in check(turned, turned.resize((48, 32)))
+    square = turned.crop((0, 0, 64, 64))
+    right = square.transpose(Image.Transpose.ROTATE_270)
+    assert "test_1" not in check(square, right.resize((32, 32)))
+    assert "are turned differently by their EXIF orientation" in check(
+        square, square.resize((32, 32))
+    )
 
 
 def test_a_meta_file_in_the_home_folder_with_an_empty_line(

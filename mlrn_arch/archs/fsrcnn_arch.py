@@ -16,8 +16,7 @@ class FSRCNN(nn.Module):
     at every scale. FSRCNN-s is `num_feat=32, shrink_feat=5, num_mapping=1`.
 
     Args:
-        num_in_ch: channels of the input image; 1 is Y.
-        num_out_ch: channels of the output image.
+        num_in_ch, num_out_ch: channels of the input image, 1 for Y, and of the output image.
         upscale: scale factor, at most 9.
         num_feat: channels of the wide features, `d` in the paper.
         shrink_feat: channels of the narrow features, `s` in the paper.

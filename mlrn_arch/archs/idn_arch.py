@@ -44,8 +44,7 @@ class IDN(nn.Module):
     bicubically enlarged image. Table 1's Mult-Adds are those of `num_in_ch=3, num_out_ch=3`.
 
     Args:
-        num_in_ch: channels of the input image; 1 is Y.
-        num_out_ch: channels of the output image, equal to `num_in_ch`.
+        num_in_ch, num_out_ch: channels of the images, equal; 1 is Y.
         upscale: scale factor, at most 9; 2, 3 and 4 in the paper.
         num_feat: channels of the features, a multiple of 16.
         num_block: number of distillation blocks.

@@ -47,8 +47,7 @@ class IMDN(nn.Module):
     checkpoints take and give [0, 1] as well.
 
     Args:
-        num_in_ch: channels of the input image.
-        num_out_ch: channels of the output image.
+        num_in_ch, num_out_ch: channels of the input and of the output image.
         num_feat: channels of the features, a multiple of 4.
         num_block: number of IMDBs.
         upscale: scale factor; 2, 3 and 4 in the paper.

@@ -42,8 +42,7 @@ class LapSRN(nn.Module):
     level is returned, so a loss sees no other.
 
     Args:
-        num_in_ch: channels of the input image; 1 is Y.
-        num_out_ch: channels of the output image, equal to `num_in_ch`.
+        num_in_ch, num_out_ch: channels of the images, equal; 1 is Y.
         upscale: scale factor, a power of 2; each level doubles.
         num_feat: channels of the features.
         num_conv: number of convolutions in a level before its features are doubled.

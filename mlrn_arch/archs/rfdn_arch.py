@@ -64,15 +64,13 @@ class RFDN(nn.Module):
     `num_feat=50, num_block=4, attention="esa", img_range=255` at x4 (433,448 parameters).
 
     Args:
-        num_in_ch: channels of the input image.
-        num_out_ch: channels of the output image.
+        num_in_ch, num_out_ch: channels of the input and of the output image.
         num_feat: channels of the features, at least 4.
         num_block: number of RFDBs.
         upscale: scale factor; 2, 3 and 4 in the paper.
         attention: `"cca"`, contrast-aware channel attention, or `"esa"`, enhanced spatial
             attention with the challenge network's two extra convolutions.
-        img_range: the network computes on `x * img_range` and its output is divided by it, so
-            that callers pass and get [0, 1] whatever it is. The published checkpoint needs 255.
+        img_range: as in `MLRN`. The published checkpoint needs 255.
     """
 
     def __init__(

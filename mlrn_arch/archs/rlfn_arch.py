@@ -41,15 +41,13 @@ class RLFN(nn.Module):
     NTIRE 2022 challenge is `num_feat=46, mid_feat=48, num_block=4`.
 
     Args:
-        num_in_ch: channels of the input image.
-        num_out_ch: channels of the output image.
+        num_in_ch, num_out_ch: channels of the input and of the output image.
         num_feat: channels of the features.
         num_block: number of RLFBs.
         upscale: scale factor; 2 and 4 in the paper.
         mid_feat: channels inside a block; None means `num_feat`.
         esa_feat: channels inside the attention.
-        img_range: the network computes on `x * img_range` and its output is divided by it, so
-            that callers pass and get [0, 1] whatever it is. The published checkpoints need 255.
+        img_range: as in `MLRN`. The published checkpoints need 255.
     """
 
     def __init__(

@@ -21,8 +21,7 @@ class SRCNN(nn.Module):
     in the authors' test code the border of every convolution's input is repeated outwards.
 
     Args:
-        num_in_ch: channels of the input image; 1 is Y.
-        num_out_ch: channels of the output image.
+        num_in_ch, num_out_ch: channels of the input image, 1 for Y, and of the output image.
         upscale: scale factor; it changes the bicubic enlargement alone.
         num_feat: channels after the first and after the second convolution.
         kernel_sizes: widths of the three kernels, odd.
