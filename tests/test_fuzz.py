@@ -132,7 +132,7 @@ def test_any_change_of_an_option_file(folder, little_memory, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=600, **FUZZ)
+@settings(max_examples=300, **FUZZ)
 @given(st.data())
 def test_any_change_of_an_option_file_for_longer(folder, little_memory, data):
     try_one(folder, data)

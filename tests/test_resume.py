@@ -517,4 +517,4 @@ def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options, run):
 def test_kills_at_random_moments_lose_nothing(tmp_path):
     from kill_and_resume import kill_and_resume
 
-    kill_and_resume(tmp_path, kills=4)
+    kill_and_resume(tmp_path, kills=3)
