@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import OrderedDict
 from typing import Any
@@ -134,11 +135,15 @@ class FastSRModel(ResumableModel):
         if self.device.type == "cpu":  # looking costs nothing here; on a GPU it is a sync
             self._check_finite()
 
+    @functools.cached_property
+    def ema_pair(self) -> list[list[torch.Tensor]]:
+        """The parameters of the EMA network and of the network; each step needs them."""
+        return [list(n.parameters()) for n in (self.net_g_ema, self.get_bare_model(self.net_g))]
+
     @torch.no_grad()
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the EMA weights towards the weights, all of them in two kernels."""
-        averages = list(self.net_g_ema.parameters())
-        weights = list(self.get_bare_model(self.net_g).parameters())
+        averages, weights = self.ema_pair
         torch._foreach_mul_(averages, decay)
         torch._foreach_add_(averages, weights, alpha=1 - decay)
 

@@ -125,8 +125,6 @@ def _visual(rows: list[scoring.Row], args: argparse.Namespace, problems: list[st
                 raise UserError(f"the crop reaches out of the image, which is {size}")
             model = build_model(row.opt)
             scores = scoring.score_image(model, dataset, index)
-            model.feed_data({"lq": dataset[index]["lq"][None], "lq_path": [""]})
-            model.test()
             image = tensor2img(model.get_current_visuals()["result"])
             if image.ndim == 2:  # a network of the Y channel: the colours are the input's
                 chroma = cv2.resize(bgr2ycbcr(lq), image.shape[::-1], interpolation=cv2.INTER_CUBIC)
