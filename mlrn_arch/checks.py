@@ -49,6 +49,12 @@ def check(opt: Options) -> Iterator[str]:
         yield f"path:resume_state: no such file {state}"
     if opt["is_train"] and opt["auto_resume"]:
         state = next(iter(newest_states(opt["path"]["training_states"])), state)
+    if opt["is_train"] and not state:
+        named = {f"path:{k}": v for k, v in opt["path"].items() if k.startswith("pretrain_network")}
+        named["train:inherit_network_g"] = opt["train"].get("inherit_network_g")
+        for where, file in named.items():
+            if file and Path(opt["path"]["experiments_root"]) in Path(file).absolute().parents:
+                yield f"{where}: a new run {opt['name']} would move this file; change the name"
     channels = None
     for key in [key for key in opt if key.startswith("network_") and key != "network_t"]:
         try:
@@ -76,9 +82,13 @@ def check(opt: Options) -> Iterator[str]:
             "`mlrn prepare` makes it (see datasets/README.md)"
         )
         datasets = {}
+    names = [dataset["name"] for dataset in datasets.values() if dataset["phase"] != "train"]
+    for name in {name for name in names if names.count(name) > 1}:
+        yield f"datasets: {names.count(name)} of them have the name {name}; each needs its own"
     for key, dataset in datasets.items():
         where, kind = f"datasets:{key}", registered(dataset["type"], DATASET_REGISTRY)
-        if dataset["phase"] not in (("train", "val") if opt["is_train"] else ("val", "test")):
+        phases = ["val", *["train"] * (key == "train")] if opt["is_train"] else ["val", "test"]
+        if dataset["phase"] not in phases:
             yield f"{where}: BasicSR knows datasets by the names train, val and test (test_1, ...)"
             continue
         if kind not in DATASET_REGISTRY:
@@ -132,7 +142,7 @@ def _check_checkpoint(
     resumed = state and key not in (paths.get("ignore_resume_networks") or ())
     if state and resumed:
         path = os.path.join(paths["models"], f"net_{which}_{Path(state).stem}.pth")
-        where, how = f"{key}: the run to resume has another", ("params", True)
+        where, how = f"{key}: the run to resume does not fit", ("params", True)
         try:
             checkpoints.read(path)
         except UserError:  # an older state is resumed instead

@@ -110,9 +110,11 @@ class _Checked(torch.utils.data.Dataset):
             return self.dataset[index]
         except Exception as error:
             name = getattr(self.dataset, "paths", {index: index})[index]
+            name = name["gt_path"] if isinstance(name, dict) else name
+            reason = " ".join(map(str, error.args)) or type(error).__name__
             raise UserError(
-                f"image {name} of {self.opt.get('dataroot_gt')} cannot be read: "
-                f"{type(error).__name__}: {error}; restore or prepare the dataset again"
+                f"image {name} of {self.opt.get('dataroot_gt')} cannot be used: {reason}; restore "
+                "or prepare the dataset again"
             ) from None
 
 
@@ -132,6 +134,8 @@ def build_dataloader(dataset: Any, dataset_opt: dict[str, Any], **kwargs: Any) -
         return build_stock_dataloader(_Checked(dataset), dataset_opt, **kwargs)
     dataset_opt = {**dataset_opt, "persistent_workers": dataset_opt["num_worker_per_gpu"] > 0}
     loader = build_stock_dataloader(_Checked(dataset, kwargs["seed"]), dataset_opt, **kwargs)
+    if not len(loader):
+        raise UserError("the training images are less than one batch; raise dataset_enlarge_ratio")
     loader.worker_init_fn = _start_worker
     kwargs["sampler"].batch_size = loader.batch_size * kwargs["sampler"].num_replicas
     return loader

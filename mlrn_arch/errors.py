@@ -43,6 +43,11 @@ def run(name: str, main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `mlrn ... | head`; Python would complain once more on its way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if not error.filename:
+            raise
+        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

@@ -17,7 +17,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     may be made there too, if `path` does not exist.
     """
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    part = path.with_name(f".{path.stem[:40]}.{os.getpid()}.part{path.suffix}")
     try:
         yield part
         if part.is_file():

@@ -17,12 +17,14 @@ class _Loader(yaml.SafeLoader):
     """Reads plain values only, and numbers such as 5e-4, which are text to YAML 1.1."""
 
 
+# A date is text: a training state with another type could not be loaded.
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("+-.0123456789"))
 
 
 def parse(text: str) -> Any:
-    """The value of a YAML text; raises `yaml.YAMLError`, and `ValueError` for 2023-13-01."""
+    """The value of a YAML text; raises `yaml.YAMLError`, and `ValueError` for 0b_."""
     return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
 
 
@@ -39,7 +41,7 @@ def load_yaml(path: str) -> Options:
         raise UserError(f"cannot read the option file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not an option file: it is not text ({error.reason})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", error)
         line = f", line {mark.line + 1}" if mark else ""
         if isinstance(error, yaml.constructor.ConstructorError):

@@ -8,6 +8,7 @@ import json
 import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from mlrn_arch.option_files import load_yaml, parse
 BY_NAME = """A network without an option file is tested like MLRN, by options/test_MLRN_x*.yml.
 If it has a window_size, BasicSR's SwinIRModel pads the images to it."""
 
-FORCE_YML: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY:KEY=VALUE"}
+FORCE_YML: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
+FORCE_YML["metavar"] = "KEY:KEY=VALUE"
 
 
 def parse_args(phase: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -93,6 +95,8 @@ def read(phase: str, argv: Sequence[str] | None = None) -> tuple[Options, argpar
     if args.debug and not opt["name"].startswith("debug"):
         opt["name"] = "debug_" + opt["name"]
     notes += _set_paths(opt)
+    if is_train and Path(opt["path"]["experiments_root"]) in Path(args.opt).absolute().parents:
+        raise UserError(f"{args.opt} is in the folder of its run; copy it to another folder")
     _refuse(args.opt, [*unread, *checks.check(opt)])
     notes += _adapt(opt, args.launcher)
     _init_distributed(opt, args.launcher)
@@ -145,7 +149,7 @@ def _force(opt: Options, entries: Sequence[str]) -> list[str]:
         *sections, key = (part.strip() for part in where.split(":"))
         try:
             value = None if text.strip().lower() == "none" else parse(text)
-        except (yaml.YAMLError, ValueError):  # ValueError: 2023-13-01
+        except (yaml.YAMLError, ValueError):
             value = text  # such as {}x4, the names of DIV2K's LR images
         section: Any = opt
         for name in sections:
@@ -188,8 +192,10 @@ def _set_paths(opt: Options) -> list[str]:
     root = os.path.join(opt["root_path"], root)
     path |= {"log": root, "visualization": os.path.join(root, "visualization")}
     path["experiments_root" if opt["is_train"] else "results_root"] = root
+    ignored = path.get("ignore_resume_networks") or []
+    path["ignore_resume_networks"] = [ignored] if isinstance(ignored, str) else ignored
     if "network_t" in opt:  # a teacher is not saved with a run
-        path.setdefault("ignore_resume_networks", ["network_t"])
+        path["ignore_resume_networks"] = [*path["ignore_resume_networks"], "network_t"]
     if opt["is_train"]:
         path |= {key: os.path.join(root, key) for key in ("models", "training_states")}
         if "debug" in opt["name"]:

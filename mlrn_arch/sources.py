@@ -151,7 +151,7 @@ def _by_name(text: str, upscale: int) -> Options:
     kind, _, arguments = text.partition(":")
     try:
         section = {**parse("{" + arguments.replace("=", ": ") + "}")}
-    except (yaml.YAMLError, ValueError):  # ValueError: 2023-13-01
+    except (yaml.YAMLError, ValueError):
         raise UserError("write arguments as NAME:ARG=VALUE,ARG=VALUE") from None
     section["type"] = registered(kind, ARCH_REGISTRY)
     if section["type"] in ARCH_REGISTRY:

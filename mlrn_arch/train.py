@@ -17,14 +17,17 @@ from mlrn_arch.models.validation import build_model
 import signal
 import threading
 from collections.abc import Sequence
+from itertools import count, takewhile
 from typing import Any
+from unittest.mock import patch
 
+import basicsr.train
 from basicsr.train import init_tb_loggers
 from basicsr.utils.registry import MODEL_REGISTRY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as an option file says, or raise `UserError`; returns 1 if a validation failed."""
+    """Train as an option file says, or raise `UserError`; 1 if a validation or save failed."""
     opt, args, notes = options.read("train", argv)
     fast = issubclass(MODEL_REGISTRY.get(opt["model_type"]), FastSRModel)
     if fast:
@@ -37,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.time_limit is not None:
         raise errors.UserError(f"--time_limit: {opt['model_type']} cannot; FastSRModel can")
     parts: dict[str, Any] = {}
-    compat.run_pipeline("train", opt, args, notes, **replacements(opt, parts))
-    return int(fast and parts["model"].validation_failed)
+    with patch.dict(vars(basicsr.train)):  # this process may train again, another model
+        compat.run_pipeline("train", opt, args, notes, **replacements(opt, parts))
+    return int(fast and parts["model"].failed)
 
 
 def replacements(opt: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +67,9 @@ def replacements(opt: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
             parts["val_loaders"].append(loader)
         return loader
 
+    def unfinished(epoch: int) -> bool:
+        return parts["model"].done < opt["train"]["total_iter"]
+
     def make_model(opt: dict[str, Any]) -> FastSRModel:
         model = build_model(opt)
         vars(model).update(parts)
@@ -74,6 +81,9 @@ def replacements(opt: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
         "EnlargedSampler": data.ResumableSampler,
         "build_dataloader": make_loader,
         "build_model": make_model,
+        # BasicSR's count of epochs takes the batch that the loader drops for a whole one, and a
+        # resume with another batch size or data set for a run that always had it.
+        "range": lambda epoch, _: takewhile(unfinished, count(epoch)),
     }
 
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import urllib.error
+from copy import deepcopy
 from pathlib import Path
 
 import cv2
@@ -37,6 +38,7 @@ REFUSED = [
     ("network_g:num_feats", 8, "network_g: MLRN takes no 'num_feats'; did you mean num_feat"),
     ("network_g:mixer", "attention", "network_g: MLRN refuses these arguments: mixer must be"),
     ("network_g:upscale", 4, "network_g:upscale: is 4 but scale is 2"),
+    ("scale", 4, "lq's least side is 32, that of gt 64: that is not x4"),
     ("model_type", "SRmodel", "model_type: unknown 'SRmodel'; did you mean SRModel"),
     ("datasets:train:type", "PairedImagesDataset", "did you mean PairedImageDataset"),
     ("datasets:train:dataroot_gt", "/no/gt.lmdb", "datasets:train:dataroot_gt: no such folder"),
@@ -60,6 +62,7 @@ REFUSED = [
     ("val:val_freq", None, "val:val_freq: is missing"),
     ("datasets:train:type", "FastPairedImageDataset", "gives bytes, which FastSRModel alone takes"),
     ("path:pretrain_network_g", "/no/net.pth", "no such file /no/net.pth"),
+    ("path:pretrain_network_g", "experiments/tiny/net.pth", "a new run tiny would move this file"),
     ("train:precison", "bf16", "train:precison: nothing reads it; did you mean precision?"),
     ("datasets:train:gt_sise", 64, "nothing reads it; did you mean gt_size?"),
     ("notes", "mine", "notes: nothing reads it; your own notes begin with x_"),
@@ -101,6 +104,37 @@ def test_refusals_of_fast_options(tmp_path, fast_options):
         "val:save_best: unknown 'ssim'; known are psnr; it must be one of val:metrics",
     ):
         assert message in str(error.value)
+
+
+def test_sets_have_places_and_names(tmp_path, train_options, monkeypatch):
+    sets = train_options["datasets"]
+    sets |= {"val_2": deepcopy(sets["val"]), "train_2": deepcopy(sets["train"])}
+    roots = {name: sets["val"][name] for name in ("dataroot_gt", "dataroot_lq")}
+    sets["train"] |= {"io_backend": {"type": "disk"}, "dataset_enlarge_ratio": 1}
+    sets["train"] |= {"dataroot_gt": roots["dataroot_lq"], "dataroot_lq": roots["dataroot_gt"]}
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError) as error:
+        read(tmp_path, train_options)
+    for message in (
+        "datasets: 2 of them have the name tiny_val; each needs its own",
+        "datasets:train_2: BasicSR knows datasets by the names train, val",
+        "is 64x64 and its gt 32x32: that is not x2 (and 5 more)",
+        "8 images are less than one batch of 12",
+    ):
+        assert message in str(error.value)
+
+
+def test_a_file_where_a_folder_belongs(tmp_path, train_options, mlrn_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").touch()
+    code, _, err = mlrn_here("train", "-opt", write_yaml(tmp_path / "tiny.yml", train_options))
+    assert code == 1 and re.search("mlrn train: .*experiments.*: Not a directory\n", err)
+    assert "Traceback" not in err
+    (tmp_path / "experiments").unlink()
+    (tmp_path / "experiments/tiny").mkdir(parents=True)  # which a new run would move
+    with pytest.raises(UserError, match="is in the folder of its run; copy it"):
+        read(tmp_path / "experiments/tiny", train_options)
 
 
 def test_what_the_headers_of_test_images_tell(tmp_path, test_options, paired_data):

@@ -381,6 +381,35 @@ def test_keep_last_and_save_best(tmp_path, fast_options, run):
     assert states == {"30.state", "40.state"}
 
 
+def test_a_run_reaches_total_iter_whatever_the_batch(tmp_path, fast_options, run):
+    """BasicSR counts in epochs, with the batch that the loader drops, and of this batch size."""
+    fast_options["datasets"]["train"].update(batch_size_per_gpu=5, dataset_enlarge_ratio=1)
+    run(tmp_path, fast_options)
+    states = tmp_path / "experiments/tiny/training_states"
+    assert (states / "40.state").exists()
+    more = "datasets:train:batch_size_per_gpu=2", "train:total_iter=43"
+    run(tmp_path, fast_options, "--auto_resume", "--force_yml", *more)
+    assert (states / "43.state").exists()  # of the last step, for a run that is longer still
+    log = run(tmp_path, fast_options, "--auto_resume", "--force_yml", "train:total_iter=44")
+    assert "iter: 43." in log
+
+
+def test_a_run_from_an_older_state_keeps_its_own_states(tmp_path, fast_options, run):
+    fast_options["logger"]["keep_last"] = 2
+    run(tmp_path, fast_options)
+    states = tmp_path / "experiments/tiny/training_states"
+    more = f"path:resume_state={states}/30.state", "train:total_iter=33"
+    run(tmp_path, fast_options, "--force_yml", *more, "logger:save_checkpoint_freq=1")
+    assert {path.name for path in states.iterdir()} == {"32.state", "33.state", "40.state"}
+
+
+def test_a_date_in_a_note_and_options_in_two_parts(tmp_path, fast_options, run):
+    more = "--force_yml", "train:x_started=2026-11-27", "--force_yml"
+    run(tmp_path, fast_options, *more, "train:total_iter=2")
+    log = run(tmp_path, fast_options, "--auto_resume", *more, "train:total_iter=3")
+    assert "iter: 2." in log and "Resuming with another train:total_iter: 2 -> 3" in log
+
+
 # Files
 
 
@@ -439,6 +468,9 @@ def test_a_full_disk_does_not_end_the_run(build, fast_options, monkeypatch):
         patch.setattr(os, "fsync", no_space)
         model.save(0, 1)
         model.save(0, 2)
+        assert not model.failed  # an earlier save is there
+        model.save(-1, -1)
+        assert model.failed
     assert [path.name for path in folder.iterdir()] == ["net_g_1.pth"]
     assert equal(saved, weights(folder / "net_g_1.pth"))
     assert os.listdir(model.opt["path"]["training_states"]) == ["1.state"]
@@ -476,7 +508,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, fast_options,
         two += line
         if "iter:       6," in line:
             os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() != 0 and "Stopped after iter" in two, two
+    assert process.wait() != 0 and "goes on after iter" in two, two
     process = start_training(path, tmp_path, processes=2)
     two += process.communicate(timeout=300)[0]
     assert process.returncode == 0, two
@@ -502,7 +534,7 @@ def test_resume_after_sigterm_is_bit_identical(tmp_path, fast_options, run):
         if "iter:      13," in line:
             process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM, first
-    stopped = int(re.search(r"Stopped after iter (\d+)", first)[1])
+    stopped = int(re.search(r"goes on after iter (\d+)", first)[1])
     assert 13 <= stopped < 40, first
     second = run(parts, fast_options, "--auto_resume")
     assert f"iter: {stopped}." in second

@@ -452,6 +452,15 @@ def test_what_exif_says_is_kept_in_every_format(run, tmp_path, name, format):
         assert kept.get_ifd(0x8825) == place
 
 
+def test_broken_exif_is_left_behind_with_a_line(run, tmp_path):
+    text = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\2\0\2\0\0\0" + b"6\0\0\0" + bytes(4)  # orientation
+    for name, data in ("text.jpg", text), ("garbage.png", b"garbage "):
+        Image.fromarray(smooth(30, 44, 3)).save(tmp_path / name, exif=data)
+    code, _, err = run("text.jpg", "garbage.png")
+    assert code == 0 and "garbage.png: without its EXIF, which is broken" in err
+    assert Image.open("upscaled/text_x2.jpg").size == (88, 60)
+
+
 def test_exif_that_a_jpeg_cannot_hold_is_left_behind_with_a_line(run, tmp_path):
     exif = Image.Exif()
     exif[0x010F], exif.get_ifd(0x8769)[0x927C] = "A maker", bytes(70_000)
@@ -512,6 +521,14 @@ def test_deep_tiffs_of_other_layouts(run, tmp_path):
     assert code == 2 and len(err.splitlines()) == 2
     assert "planar.tif: its 16-bit channels are stored one after the other; save it" in err
     assert "veil.tif: broken, or of a kind that is not read here" in err
+
+
+def test_the_largest_value_of_a_pgm_is_white(tmp_path):
+    """The format's own page: the values are shares of maxval."""
+    image = smooth(30, 44, 1, 1023)
+    (tmp_path / "a.pgm").write_bytes(b"P5 44 30 1023\n" + image.astype(">u2").tobytes())
+    shares = image_files.read(tmp_path / "a.pgm").array / 65535
+    assert shares.shape == image.shape and np.abs(shares - image / 1023).max() < 1e-4
 
 
 def test_deep_cmyk_is_read_at_eight_bits(run, tmp_path, network):
@@ -764,6 +781,20 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(run, tmp_path, monkeypatc
     assert not list((tmp_path / "upscaled").iterdir())
 
 
+def test_a_disk_that_is_full_before_the_last_bytes_of_a_deep_png(run, tmp_path):
+    resource = pytest.importorskip("resource")
+    cv2.imwrite(str(tmp_path / "a.png"), smooth(40, 50, 3, 65535))
+    assert run("a.png")[0] == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    short = (tmp_path / "upscaled/a_x2.png").stat().st_size - 100
+    resource.setrlimit(resource.RLIMIT_FSIZE, (short, before[1]))
+    try:
+        code, _, err = run("a.png", "-o", "other")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and "File too large" in err and not list((tmp_path / "other").iterdir())
+
+
 def test_what_is_beyond_memory_is_refused(run, tmp_path, monkeypatch):
     Image.fromarray(smooth(30, 30, 3)).save(tmp_path / "a.png")
     monkeypatch.setattr(upscale, "free_memory", lambda: 14000)  # 60 x 60 x 4 bytes are more
@@ -834,6 +865,7 @@ def test_a_checkpoint_says_which_mlrn_it_is_of(run, tmp_path, network, option_fi
         (["--scale", "4", "--weights", "{net}"], "is of an x2 network, not x4"),
         (["--opt", "{opt}", "--tile", "10"], "192"),
         (["--opt", "{opt}", "--quality", "0"], "--quality"),
+        (["", "--opt", "{opt}"], "name an image"),
     ],
 )
 def test_mistakes(run, tmp_path, option_file, arguments, told):

@@ -167,7 +167,7 @@ def test_a_failed_validation_leaves_the_network_in_training(build, fast_options,
     train(model, batches(1))
     monkeypatch.setattr(model.net_g, "forward", lambda lq: lq.no_such_thing)
     model.validation(loader_of(model), 1, None)
-    assert model.validation_failed and model.net_g.training
+    assert model.failed and model.net_g.training
 
 
 def test_an_image_that_only_decoding_shows_to_be_broken(
@@ -193,4 +193,4 @@ def test_an_image_that_only_decoding_shows_to_be_broken(
     path = write_yaml(tmp_path / "test.yml", test_options)
     code, _, err = mlrn_here("test", "-opt", path)
     assert code == 2 and "Traceback" not in err
-    assert re.search("mlrn test: image .*image3.*cannot be read", err)
+    assert re.search("mlrn test: image .*image3.*cannot be used", err)

@@ -114,15 +114,10 @@ def _read(path: Path, image: ImageFile.ImageFile) -> Picture:
         notes.append("without its gAMA, cHRM or cICP chunk, so its colours may look different")
     if getattr(image, "text", None):
         notes.append("without its text")
-    exif = image.getexif()
-    turn = 1 if image.format == "TIFF" else exif.get(_ORIENTATION, 1)  # readers turn a TIFF
-    if turn >= 5:
-        array = array.swapaxes(0, 1)
-    if turn in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    if turn in (3, 4, 7, 8):
-        array = array[::-1]
+    turn = 1
     try:
+        exif = image.getexif()
+        turn = 1 if image.format == "TIFF" else exif.get(_ORIENTATION, 1)  # readers turn a TIFF
         for tag in [t for t in exif if t <= 700 and t not in _DESCRIPTIVE or t in _PAYLOADS]:
             del exif[tag]
         if _EXIF_IFD in exif:  # get_ifd would make it
@@ -132,6 +127,12 @@ def _read(path: Path, image: ImageFile.ImageFile) -> Picture:
     except Exception:  # EXIF may be broken in as many ways as there are cameras
         exif = Image.Exif()
         notes.append("without its EXIF, which is broken")
+    if turn in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if turn in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        array = array[::-1]
     # The first image chunk of a WebP says whether it is lossless.
     lossless = image.format == "WEBP" and re.findall(rb"VP8[L ]", data)[:1] == [b"VP8L"]
     return Picture(np.ascontiguousarray(array), icc, exif, notes, lossless)
@@ -142,6 +143,8 @@ def _read_deep(path: Path, image: Image.Image, grey: bool) -> np.ndarray:
     tags = getattr(image, "tag_v2", {})
     if tags.get(_PLANES) == 2:
         raise BadImage("its 16-bit channels are stored one after the other; save it interleaved")
+    if image.format == "PPM":  # whose largest value may be any, which OpenCV takes for 65535
+        return np.array(image).astype(np.uint16)
     array = None
     with contextlib.suppress(cv2.error):
         array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -177,7 +180,7 @@ def write(
     if max(height, width) > LONGEST.get(kind, 2**31 - 1):
         raise BadImage(f"{width}x{height} is more than {kind} can hold; use --format png")
     if channels in (2, 4) and kind in ("JPEG", "BMP"):
-        raise BadImage(f"it has transparency, which {kind} cannot hold; use --format png")
+        raise BadImage(f"it has an alpha channel, which {kind} cannot hold; use --format png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
@@ -252,5 +255,5 @@ def _write_deep(path: Path, kind: str, array: np.ndarray, picture: Picture) -> N
     exif = picture.exif.tobytes().removeprefix(b"Exif\0\0") if picture.exif else None
     blobs = {cv2.IMAGE_METADATA_ICCP: icc, cv2.IMAGE_METADATA_EXIF: exif}
     chunks = {kind: np.frombuffer(blob, np.uint8) for kind, blob in blobs.items() if blob}
-    if not cv2.imwriteWithMetadata(str(path), array, list(chunks), list(chunks.values())):
-        raise OSError(f"OpenCV could not write {path}")
+    _, data = cv2.imencodeWithMetadata(".png", array, list(chunks), list(chunks.values()))
+    path.write_bytes(data.data)  # OpenCV's own writing does not notice a full disk

@@ -98,7 +98,8 @@ class Upscaler:
             return torch.stack(outputs).movedim(-1, 1).to(image)
         if isinstance(image, Image.Image):
             if image.mode not in ("L", "LA", "RGB", "RGBA"):
-                raise ValueError(f"a PIL image of mode {image.mode}; use image.convert('RGB')")
+                how = "np.array(image)" if image.mode[0] == "I" else "image.convert('RGB')"
+                raise ValueError(f"a PIL image of mode {image.mode}; use {how}")
             return Image.fromarray(self(np.array(image)))
         array = np.require(image, requirements=["C", "W"])  # torch warns of a read-only array
         whole = torch.from_numpy(array[..., None] if array.ndim == 2 else array)

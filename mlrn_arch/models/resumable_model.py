@@ -44,7 +44,7 @@ class ResumableModel(SRModel):
     val_loaders: list[Any] = []
     tb_logger: Any = None
 
-    validation_failed = False
+    failed = False  # a validation, or the last save
     done = samples_seen = 0  # steps, and samples of all processes
     saved = 0, 0  # epoch and iteration of the newest state
     resumed = False  # until the first step
@@ -64,7 +64,9 @@ class ResumableModel(SRModel):
         if self.opt["rank"] != 0:
             return
         if current_iter == -1:
-            self._write(self._networks(), self._path("net_g_latest.pth"))
+            if self.saved[1] != self.done:  # a longer run can go on from the last step
+                self.save(self.sampler.epoch if self.sampler else 0, self.done)
+            self.failed |= not self._write(self._networks(), self._path("net_g_latest.pth"))
         # The network first: a state without its network could not be resumed.
         elif self._write(self._networks(), self._path(f"net_g_{current_iter}.pth")) and self._write(
             self.training_state(epoch, current_iter), self._path(f"{current_iter}.state")
@@ -115,7 +117,10 @@ class ResumableModel(SRModel):
 
     def _prune(self) -> None:
         keep = self.opt["logger"].get("keep_last")
-        for state in newest_states(self.opt["path"]["training_states"])[keep or sys.maxsize :]:
+        states = newest_states(self.opt["path"]["training_states"])
+        # Newer ones are of a run that was given up for an older state.
+        states = [state for state in states if int(Path(state).stem) <= self.saved[1]]
+        for state in states[keep or sys.maxsize :]:
             for path in (state, self._path(f"net_g_{Path(state).stem}.pth")):
                 Path(path).unlink(missing_ok=True)
 
@@ -137,7 +142,7 @@ class ResumableModel(SRModel):
         try:  # current_iter is one too many at the end
             super().validation(dataloader, self.done, tb_logger, save_img)
         except Exception as error:
-            self.validation_failed = True
+            self.failed = True
             reason = str(error).rpartition("UserError: ")[2]  # out of a worker with a traceback
             get_root_logger().error(f"Validation of {name} failed: {reason}; training goes on")
             return
@@ -278,7 +283,7 @@ class ResumableModel(SRModel):
             self.save(self.sampler.epoch if self.sampler else 0, done)
         if self.opt["dist"]:  # torchrun ends all processes when the first one leaves
             torch.distributed.barrier()
-        get_root_logger().info(f"Stopped after iter {done}; --auto_resume goes on from there.")
+        get_root_logger().info(f"Stopped; --auto_resume goes on after iter {self.saved[1]}.")
         raise SystemExit(NOT_FINISHED if signum == TIME_IS_UP else 128 + signum)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import nn
 
 from mlrn_arch import checkpoints, sources
 from mlrn_arch.archs.mlrn_arch import MLRN
-from mlrn_arch.errors import UserError
+from mlrn_arch.errors import UserError, first_line
 from mlrn_arch.files import atomic_write
 from mlrn_arch.inference import backends
 from mlrn_arch.inherit import inherit
@@ -66,8 +67,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--ntire takes a team number from 1 to 99, and OUTPUT is a folder then")
     if (args.uint8 or args.opset is not None) and form != ".onnx":
         raise UserError("--uint8 and --opset are for .onnx")
-    if args.img_range is not None and not args.img_range > 0:
-        raise UserError(f"--img-range must be above 0, not {args.img_range:g}")
+    if args.img_range is not None and not 0 < args.img_range < math.inf:
+        raise UserError(f"--img-range must be a number above 0, not {args.img_range:g}")
     if output.is_dir() or output.exists() and not args.overwrite:
         raise UserError(f"{output} exists; choose another name, or --overwrite a file")
     if not output.absolute().parent.is_dir():
@@ -89,14 +90,15 @@ def run(args: argparse.Namespace) -> None:
                 network = backends.Uint8(network) if args.uint8 else network
                 print(_write_onnx(network, network_g, args.opset or backends.OPSET, part))
             elif form == ".safetensors":
-                from safetensors.torch import save_file
+                from safetensors.torch import save
 
                 state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-                save_file(state, part, {"format": "pt", "network_g": json.dumps(network_g)})
+                part.write_bytes(save(state, {"format": "pt", "network_g": json.dumps(network_g)}))
             else:
                 torch.save({"params": checkpoints.note(network.state_dict(), network_g)}, part)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write {output}: {reason}") from None
     if args.ntire is None:
         print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
     else:

@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> None:
     if args.schema:
         print(schema.read_text(encoding="utf-8"), end="")
     elif args.name:
-        text = shipped.option_file(shipped.PREFIX + args.name).read_text(encoding="utf-8")
+        file = shipped.option_file(shipped.PREFIX + args.name.removeprefix(shipped.PREFIX))
+        text = file.read_text(encoding="utf-8")
         print(re.sub(r"(?<=\$schema=)[./]*schema\.json", schema.as_posix(), text, count=1), end="")
     else:
         for name, path in shipped.option_files().items():

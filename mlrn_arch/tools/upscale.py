@@ -56,10 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 {sources.FORMS}
 
-A folder stands for the images in it, with -r for those in its sub-folders too, without earlier
-outputs. Outputs are named upscaled/NAME_x4.EXT, or OUTPUT/NAME_x4.EXT with -o OUTPUT. Existing ones
-count as done. Names carry no network: another network needs another -o.
-16-bit images are rounded to 8 bits for JPEG, WebP and BMP; lossless WebP stays lossless.
+A folder stands for the images in it, with -r for those in its sub-folders too, without outputs
+of this scale and -o. They are named upscaled/NAME_x4.EXT, or OUTPUT/NAME_x4.EXT with -o OUTPUT, and
+existing ones count as done. Names carry no network: another network needs another -o.
+16-bit images are rounded to 8 bits for JPEG, WebP and BMP, and so are 16-bit colours of JPEG 2000
+and PPM. Lossless WebP stays lossless.
 Animations: only the first frame is used.
 Exit code: 0 all done, 1 some failed, 2 nothing done."""
 
@@ -70,17 +71,18 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--quality must be from 1 to 100, not {args.quality}")
     if args.network and args.scale:
         raise UserError("--scale is for the shipped networks; leave it out with --network")
-    if not args.inputs + args.more:
+    names = args.inputs + args.more
+    if not names or "" in names:
         raise UserError("name an image, a folder or a quoted pattern to upscale")
-    inputs, faults = _find(args.inputs + args.more, args.recursive, args.output.resolve())
+    inputs, faults = _find(names, args.recursive, args.output.resolve())
     if not inputs:
         raise UserError("; ".join(faults))
     since = time.monotonic()
     pixels = {path: image_files.size(path) for path in inputs}
     few = sum(pixels.values()) * (8 if args.self_ensemble else 1) < FEW_PIXELS
     backend = args.backend or ("torch" if few else None)
-    names = ("scale", "weights", "device", "precision", "tile", "self_ensemble")
-    upscaler = Upscaler(args.network, backend=backend, **{n: getattr(args, n) for n in names})
+    own = ("scale", "weights", "device", "precision", "tile", "self_ensemble")
+    upscaler = Upscaler(args.network, backend=backend, **{n: getattr(args, n) for n in own})
     jobs, clashes = _outputs(inputs, args, upscaler.scale)
     for fault in faults + clashes:
         print(f"mlrn upscale: {fault}", file=sys.stderr)
@@ -171,8 +173,10 @@ def _outputs(
     originals, faults = {path.resolve() for path in outputs}, []
     for path, output in list(outputs.items()):
         if output.resolve() in originals or made[output.resolve()] > 1:
-            what = "an input" if output.resolve() in originals else "the output of another input"
-            faults.append(f"{path}: {output} would be {what} as well; use another -o")
+            what = "an input as well; use another -o"
+            if output.resolve() not in originals:
+                what = "the output of another input as well; rename one, or upscale it alone"
+            faults.append(f"{path}: {output} would be {what}")
             del outputs[path]
     return outputs, faults
 
