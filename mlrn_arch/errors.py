@@ -29,7 +29,7 @@ def unknown(name: object, known: Iterable[object]) -> str:
 
 
 def run(name: str, main: Callable[[], int | None]) -> int:
-    """Run an entry point, such as `mlrn train`; exit code 2 for a `UserError`, 130 for Ctrl-C."""
+    """Run an entry point, such as `mlrn train`; exit code 2 for a fault, 130 for Ctrl-C."""
     try:
         return main() or 0
     except UserError as error:
@@ -44,10 +44,11 @@ def run(name: str, main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if not error.filename:
+        if not error.strerror:
             raise
-        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{name}: {where}{error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

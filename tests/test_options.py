@@ -129,7 +129,7 @@ def test_a_file_where_a_folder_belongs(tmp_path, train_options, mlrn_here, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").touch()
     code, _, err = mlrn_here("train", "-opt", write_yaml(tmp_path / "tiny.yml", train_options))
-    assert code == 1 and re.search("mlrn train: .*experiments.*: Not a directory\n", err)
+    assert code == 2 and re.search("mlrn train: .*experiments.*: Not a directory\n", err)
     assert "Traceback" not in err
     (tmp_path / "experiments").unlink()
     (tmp_path / "experiments/tiny").mkdir(parents=True)  # which a new run would move

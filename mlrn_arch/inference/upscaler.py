@@ -92,8 +92,8 @@ class Upscaler:
         Floating-point values that come out are not clamped.
         """
         if isinstance(image, Tensor):
-            if image.ndim != 4 or not image.is_floating_point():
-                raise ValueError("a tensor must be floating-point and (n, c, h, w)")
+            if image.ndim != 4 or not image.is_floating_point() or not image.numel():
+                raise ValueError("a tensor must be floating-point and (n, c, h, w), n at least 1")
             outputs = [torch.cat(list(self.bands(one.movedim(0, -1)))) for one in image]
             return torch.stack(outputs).movedim(-1, 1).to(image)
         if isinstance(image, Image.Image):

@@ -104,11 +104,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{where}")
             _print_times(rows, ("eager", *(args.backend or ())))
         if args.json:
-            try:
-                text = json.dumps({"machine": where, "networks": rows}, indent=2)
-                args.json.write_text(text + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write {args.json}: {error.strerror}") from None
+            text = json.dumps({"machine": where, "networks": rows}, indent=2)
+            args.json.write_text(text + "\n")
     for fault in faults:
         print(f"mlrn profile: {fault}", file=sys.stderr)
     return (1 if rows else 2) if faults else 0
