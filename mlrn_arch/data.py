@@ -110,7 +110,7 @@ class _Checked(torch.utils.data.Dataset):
             return self.dataset[index]
         except Exception as error:
             name = getattr(self.dataset, "paths", {index: index})[index]
-            name = name["gt_path"] if isinstance(name, dict) else name
+            name = name.get("gt_path", name) if isinstance(name, dict) else name
             reason = " ".join(map(str, error.args)) or type(error).__name__
             raise UserError(
                 f"image {name} of {self.opt.get('dataroot_gt')} cannot be used: {reason}; restore "
