@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -115,6 +116,7 @@ def test_safetensors_hold_weights_and_arguments(export, trained):
 
     code, _, err = export("net.yml", "net.safetensors")
     assert code == 0, err
+    assert os.stat("net.safetensors").st_mode == os.stat("net.yml").st_mode  # others read it
     with safetensors.safe_open("net.safetensors", "pt") as file:
         network = build_network(json.loads(file.metadata()["network_g"])).eval()
     network.load_state_dict(load_file("net.safetensors"))
@@ -209,6 +211,7 @@ def test_another_output_is_refused_and_nan_too(factor):
             ["net.yml", "out.pth", "--img-range", "-1"],
             "--img-range must be a number above",
         ),
+        (["net.yml", "out.pth", "--img-range", "inf"], "--img-range must be a number above"),
         (["net.yml", "out.onnx", "--ntire", "7"], "OUTPUT is a folder"),
         (["net.yml", "out", "--ntire", "0"], "team number from 1 to 99"),
         (["net.yml", "out.pth", "--weights", "no.pth"], "no such file no.pth"),
@@ -227,6 +230,19 @@ def test_mistakes_are_one_sentence_and_leave_nothing(export, trained, tmp_path, 
     assert (code, out) == (2, "")
     assert message in err and err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["net_slim.pth", "net.safetensors"])
+def test_a_full_disk_leaves_nothing(export, trained, tmp_path, name):
+    resource = pytest.importorskip("resource")
+    before, there = resource.getrlimit(resource.RLIMIT_FSIZE), sorted(tmp_path.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        code, _, err = export("net.yml", name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and err.endswith(f"mlrn export: cannot write {name}: File too large\n")
+    assert sorted(tmp_path.iterdir()) == there
 
 
 def test_a_missing_package_is_named_with_its_command(export, trained, monkeypatch):

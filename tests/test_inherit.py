@@ -164,7 +164,10 @@ def test_blocks_are_fed_and_compared_with_the_teachers(build, distill_options):
     """With RLFN's own mixers in the student, every block computes what its teacher computes."""
     distill_options["network_g"]["act"] = "lrelu"
     distill_options["train"]["distill_opt"]["block_weight"] = 0.5
+    distill_options["path"]["ignore_resume_networks"] = "network_d"
     model = build(distill_options)
+    # A resume would look for the teacher in the run.
+    assert model.opt["path"]["ignore_resume_networks"] == ["network_d", "network_t"]
     network = model.get_bare_model(model.net_g)
     with_third_convolution(network, model.net_t)
     batch = {"lq": torch.rand(2, 3, 24, 24), "gt": torch.rand(2, 3, 48, 48), "lq_path": ["a", "b"]}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import json
 import math
 import re
@@ -95,7 +96,9 @@ def run(args: argparse.Namespace) -> None:
                 state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
                 part.write_bytes(save(state, {"format": "pt", "network_g": json.dumps(network_g)}))
             else:
-                torch.save({"params": checkpoints.note(network.state_dict(), network_g)}, part)
+                buffer = io.BytesIO()  # torch tells a full disk in riddles
+                torch.save({"params": checkpoints.note(network.state_dict(), network_g)}, buffer)
+                part.write_bytes(buffer.getbuffer())
     except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot write {output}: {reason}") from None
