@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import json
 import math
 import os
 import re
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,6 +199,13 @@ def note(state: StateDict, network_g: dict[str, Any]) -> OrderedDict:
     root = {"version": 1, **before.get("", {}), "network_g": dict(network_g)}
     vars(copy)["_metadata"] = {**before, "": root}
     return copy
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    """`torch.save`, but a full disk is an `OSError`; torch tells it in other errors."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def noted(state: StateDict) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torchvision.transforms.functional as tv_functional
@@ -187,11 +188,11 @@ def run_pipeline(
     """Run BasicSR's own `train_pipeline` or `test_pipeline` on options already read.
 
     BasicSR copies the file `args.opt` into the experiment, and the log begins with `notes`.
-    `replaced` are attributes of the pipeline's module.
+    `replaced` are attributes of the pipeline's module, which at the end is as it was before.
     """
     pipeline: Any = importlib.import_module(f"basicsr.{phase}")
-    for name, replacement in replaced.items():
-        setattr(pipeline, name, replacement)
+    patched = patch.dict(vars(pipeline), replaced)
+    patched.start()
     # BasicSR's parse_options uses PyYAML's unsafe loader and executes `--force_yml` keys.
     pipeline.parse_options = lambda root_path, is_train: (opt, args)
 
@@ -228,5 +229,7 @@ def run_pipeline(
         if isinstance(error, UserError):  # a worker's comes wrapped in a traceback
             raise UserError(str(error).rpartition("UserError: ")[2]) from None
         raise
+    finally:
+        patched.stop()
     if opt["dist"]:
         torch.distributed.destroy_process_group()

@@ -19,9 +19,7 @@ import threading
 from collections.abc import Sequence
 from itertools import count, takewhile
 from typing import Any
-from unittest.mock import patch
 
-import basicsr.train
 from basicsr.train import init_tb_loggers
 from basicsr.utils.registry import MODEL_REGISTRY
 
@@ -40,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.time_limit is not None:
         raise errors.UserError(f"--time_limit: {opt['model_type']} cannot; FastSRModel can")
     parts: dict[str, Any] = {}
-    with patch.dict(vars(basicsr.train)):  # this process may train again, another model
-        compat.run_pipeline("train", opt, args, notes, **replacements(opt, parts))
+    compat.run_pipeline("train", opt, args, notes, **replacements(opt, parts))
     return int(fast and parts["model"].failed)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import signal
@@ -50,14 +49,10 @@ def mlrn_here(monkeypatch, capsys):
         for handler in logging.getLogger("basicsr").handlers:
             if type(handler) is logging.StreamHandler:  # has the stderr of an earlier test
                 handler.stream = sys.stderr
-        modules = [importlib.import_module(f"basicsr.{verb}") for verb in ("train", "test")]
-        stock = [dict(vars(module)) for module in modules]
         try:
             code = mlrn_cli.main()
         except SystemExit as end:  # argparse
             code = end.code
-        for module, attributes in zip(modules, stock, strict=True):  # a run replaces some
-            vars(module).update(attributes)
         return code, *capsys.readouterr()
 
     return run

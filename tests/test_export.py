@@ -207,11 +207,8 @@ def test_another_output_is_refused_and_nan_too(factor):
         (["net.yml", "nowhere/out.pth"], "no such folder nowhere"),
         (["net.yml", "out.pth", "--uint8"], "--uint8 and --opset are for .onnx"),
         (["net.yml", "out.pth", "--opset", "18"], "--uint8 and --opset are for .onnx"),
-        (
-            ["net.yml", "out.pth", "--img-range", "-1"],
-            "--img-range must be a number above",
-        ),
-        (["net.yml", "out.pth", "--img-range", "inf"], "--img-range must be a number above"),
+        (["net.yml", "out.pth", "--img-range", "-1"], "--img-range must be above 0, not -1"),
+        (["net.yml", "out.pth", "--img-range", "inf"], "--img-range must be above 0, not inf"),
         (["net.yml", "out.onnx", "--ntire", "7"], "OUTPUT is a folder"),
         (["net.yml", "out", "--ntire", "0"], "team number from 1 to 99"),
         (["net.yml", "out.pth", "--weights", "no.pth"], "no such file no.pth"),
@@ -232,13 +229,13 @@ def test_mistakes_are_one_sentence_and_leave_nothing(export, trained, tmp_path, 
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["net_slim.pth", "net.safetensors"])
+@pytest.mark.parametrize("name", ["net_slim.pth", "net.safetensors", "folder"])
 def test_a_full_disk_leaves_nothing(export, trained, tmp_path, name):
     resource = pytest.importorskip("resource")
     before, there = resource.getrlimit(resource.RLIMIT_FSIZE), sorted(tmp_path.iterdir())
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        code, _, err = export("net.yml", name)
+        code, _, err = export("net.yml", name, *["--ntire", "7"] * (name == "folder"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 2 and err.endswith(f"mlrn export: cannot write {name}: File too large\n")

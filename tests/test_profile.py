@@ -278,7 +278,7 @@ def test_one_bad_network_spoils_nothing_else(profile, tmp_path, monkeypatch, net
         (["--input-size", "256"], "'256' is no size; write WIDTHxHEIGHT"),
         (["--output-size", "0x720"], "'0x720' is no size"),
         (["--backend", "torch", "--no-runtime"], "--backend measures times, --no-runtime forbids"),
-        (["--no-runtime", "--json", "nowhere/out.json"], "nowhere/out.json: No such"),
+        (["--no-runtime", "--json", "nowhere/out.json"], "mlrn profile: nowhere/out.json: No such"),
     ],
 )
 def test_contradicting_arguments(profile, arguments, message):

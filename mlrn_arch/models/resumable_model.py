@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import io
 import math
 import os
 import signal
@@ -105,11 +104,9 @@ class ResumableModel(SRModel):
     @staticmethod
     def _write(content: dict[str, Any], path: str) -> bool:
         """Write a file, whole or not at all; False if the disk refused."""
-        buffer = io.BytesIO()  # torch tells a full disk in other errors than the system
-        torch.save(content, buffer)
         try:
             with atomic_write(path) as part:
-                part.write_bytes(buffer.getbuffer())
+                checkpoints.save(content, part)
         except OSError as error:
             get_root_logger().error(f"Could not save {path}: {error.strerror}; training goes on")
             return False

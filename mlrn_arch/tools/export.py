@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import io
 import json
 import math
 import re
@@ -22,12 +21,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mlrn_arch import checkpoints, sources
 from mlrn_arch.archs.mlrn_arch import MLRN
-from mlrn_arch.errors import UserError, first_line
+from mlrn_arch.errors import UserError
 from mlrn_arch.files import atomic_write
 from mlrn_arch.inference import backends
 from mlrn_arch.inherit import inherit
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     if (args.uint8 or args.opset is not None) and form != ".onnx":
         raise UserError("--uint8 and --opset are for .onnx")
     if args.img_range is not None and not 0 < args.img_range < math.inf:
-        raise UserError(f"--img-range must be a number above 0, not {args.img_range:g}")
+        raise UserError(f"--img-range must be above 0, not {args.img_range:g}")
     if output.is_dir() or output.exists() and not args.overwrite:
         raise UserError(f"{output} exists; choose another name, or --overwrite a file")
     if not output.absolute().parent.is_dir():
@@ -96,12 +94,10 @@ def run(args: argparse.Namespace) -> None:
                 state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
                 part.write_bytes(save(state, {"format": "pt", "network_g": json.dumps(network_g)}))
             else:
-                buffer = io.BytesIO()  # torch tells a full disk in riddles
-                torch.save({"params": checkpoints.note(network.state_dict(), network_g)}, buffer)
-                part.write_bytes(buffer.getbuffer())
-    except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot write {output}: {reason}") from None
+                state = checkpoints.note(network.state_dict(), network_g)
+                checkpoints.save({"params": state}, part)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from None
     if args.ntire is None:
         print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
     else:
@@ -127,7 +123,7 @@ def _write_ntire(network: nn.Module, network_g: dict[str, Any], team: int, folde
     for subfolder in ("models", "model_zoo"):
         (folder / subfolder).mkdir(parents=True)
     (folder / f"models/{stem}.py").write_text(standalone(type(network)), encoding="utf-8")
-    torch.save(network.state_dict(), folder / f"model_zoo/{stem}.pth")
+    checkpoints.save(network.state_dict(), folder / f"model_zoo/{stem}.pth")
     (folder / "select_model.txt").write_text(
         f"""\
     elif model_id == {team}:
