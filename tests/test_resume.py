@@ -394,6 +394,16 @@ def test_a_run_reaches_total_iter_whatever_the_batch(tmp_path, fast_options, run
     assert "iter: 43." in log
 
 
+def test_a_loader_without_a_batch_is_refused(fast_options):
+    """What the option check cannot know, such as the processes of slurm; it would never end."""
+    opt = fast_options["datasets"]["train"] | {"phase": "train", "scale": 2}
+    opt |= {"batch_size_per_gpu": 9, "num_worker_per_gpu": 0}
+    dataset = build_dataset(deepcopy(opt))
+    sampler = data.ResumableSampler(dataset, 1, 0, 1)
+    with pytest.raises(UserError, match="less than one batch; raise dataset_enlarge_ratio"):
+        data.build_dataloader(dataset, opt, num_gpu=0, sampler=sampler, seed=0)
+
+
 def test_a_run_from_an_older_state_keeps_its_own_states(tmp_path, fast_options, run):
     fast_options["logger"]["keep_last"] = 2
     run(tmp_path, fast_options)
